@@ -1,0 +1,232 @@
+"""A plan: which method rides on which leaf. No arrays; immutable, hashable, JSON both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jpeft.core.match import Pattern, find, resolve
+from jpeft.core.method import Method, Theta, decode, encode
+from jpeft.core.roles import analyse, unite
+from jpeft.core.site import Site
+from jpeft.core.tokens import Tokens
+from jpeft.core.trace import Apply, trace
+from jpeft.errors import PathError, PlanError
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One leaf and its method.
+
+    Attributes:
+        site: the leaf.
+        method: the method.
+        layers: the slices of the first stack dim that the method acts on; None: all.
+        start: first row of its virtual tokens.
+    """
+
+    site: Site
+    method: Method
+    layers: tuple[int, ...] | None = None
+    start: int = 0
+
+    @property
+    def path(self) -> str:
+        return self.site.path
+
+    def layer_mask(self, letter: str, ndim: int) -> np.ndarray | None:
+        """0/1 over the stack axis of a theta entry, shaped to broadcast against it; None: all live."""
+        if self.layers is None:
+            return None
+        dim = self.site.stack_dims[0] if self.site.stack_dims else 0
+        axes = self.method.axes(self.site)[letter]
+        if dim not in axes:
+            raise PlanError(f"{type(self.method).__name__} shares {letter!r} of {self.path!r} between layers; "
+                            "it cannot be limited to some")
+        mask = np.zeros(self.site.shape[dim], bool)
+        mask[list(self.layers)] = True
+        return mask.reshape([-1 if i == axes.index(dim) else 1 for i in range(ndim)])
+
+    def effective(self, theta: Theta) -> Theta:
+        """Theta with the layers left out set to values at which the method does nothing."""
+        if self.layers is None:
+            return theta
+        neutral = self.method.neutral(self.site, theta)
+        result = dict(theta)
+        for letter, value in neutral.items():
+            mask = self.layer_mask(letter, theta[letter].ndim)
+            result[letter] = jax.numpy.where(mask, theta[letter], value.astype(theta[letter].dtype))
+        return result
+
+    def shapes(self) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
+        """Shapes of the trainable and the frozen entries of theta."""
+        base = jax.ShapeDtypeStruct(self.site.shape, self.site.dtype)
+        return jax.eval_shape(lambda k, b: self.method.init(k, self.site, b), jax.eval_shape(lambda: jax.random.key(0)), base)
+
+    def live(self) -> dict[str, np.ndarray]:
+        """Per trainable entry with dead parts, a bool mask of its shape: which values can ever matter."""
+        masks: dict[str, np.ndarray] = {}
+        given = self.method.live(self.site)
+        for letter, struct in self.shapes()[0].items():
+            mask = np.ones(struct.shape, bool)
+            if letter in given:
+                mask &= np.asarray(given[letter], bool)
+            layer = self.layer_mask(letter, len(struct.shape))
+            if layer is not None:
+                mask &= layer
+            if not mask.all():
+                masks[letter] = mask
+        return masks
+
+    def count(self) -> int:
+        """Number of live trainable values."""
+        masks = self.live()
+        return sum(int(masks[k].sum()) if k in masks else int(np.prod(s.shape, dtype=np.int64))
+                   for k, s in self.shapes()[0].items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which method rides on which leaf of one set of parameters.
+
+    Attributes:
+        entries: the adapted leaves, in the order of the parameters.
+        sites: every leaf of the parameters.
+        tokens: which arguments carry the token axis, for methods that add virtual tokens.
+        materialise: paths whose adapted weight may be formed whole.
+    """
+
+    entries: tuple[Entry, ...]
+    sites: tuple[Site, ...]
+    tokens: Tokens | None = None
+    materialise: tuple[str, ...] = ()
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Length by which the batch is padded."""
+        return max((e.start + e.method.virtual_tokens for e in self.entries), default=0)
+
+    def entry(self, path: str) -> Entry:
+        """The entry of one path."""
+        return next(e for e in self.entries if e.path == path)
+
+    def theta_shapes(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Shapes of the trainable partition and of `frozen.theta`, both `{path: {letter: struct}}`."""
+        pairs = {e.path: e.shapes() for e in self.entries}
+        return {p: t for p, (t, _) in pairs.items()}, {p: f for p, (_, f) in pairs.items() if f}
+
+    def count(self) -> int:
+        """Number of trainable values, dead ones (masked ranks and layers) left out."""
+        return sum(e.count() for e in self.entries)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        sites = [s.to_json() for s in self.sites]
+        entries = [{"path": e.path, "method": encode(e.method), "layers": e.layers and list(e.layers), "start": e.start}
+                   for e in self.entries]
+        return {"entries": entries, "sites": sites, "tokens": self.tokens and self.tokens.to_json(),
+                "materialise": list(self.materialise)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """Inverse of `to_json`.
+
+        Raises:
+            PlanError: a method is unknown, or a field is missing.
+        """
+        try:
+            sites = {s["path"]: Site.from_json(s) for s in data["sites"]}
+            entries = tuple(Entry(sites[e["path"]], decode(e["method"]), None if e["layers"] is None else tuple(e["layers"]),
+                                  e["start"]) for e in data["entries"])
+            tokens = None if data["tokens"] is None else Tokens.from_json(data["tokens"])
+            return cls(entries, tuple(sites.values()), tokens, tuple(data["materialise"]))
+        except (KeyError, TypeError) as error:
+            raise PlanError(f"the plan's JSON is incomplete or of another version ({error!r}); write it with to_json") from error
+
+    def check_params(self, names: Sequence[str], leaves: Sequence[Any]) -> None:
+        """Raise `PathError` unless these leaves are the planned ones."""
+        found = {n: tuple(v.shape) for n, v in zip(names, leaves, strict=True)}
+        for site in self.sites:
+            if found.get(site.path) != site.shape:
+                have = f"shape {found[site.path]}" if site.path in found else "no such leaf"
+                raise PathError(f"the plan has {site.path!r} with shape {site.shape}, the params have {have}; "
+                                "pass the params that the plan was made for")
+        extra = [n for n in names if n not in {s.path for s in self.sites}]
+        if extra:
+            raise PathError(f"the params have leaves that the plan lacks: {extra[:3]}; make a new plan for them")
+
+
+def _arrange_tokens(entries: list[Entry], tokens: Tokens | None) -> list[Entry]:
+    """Give every virtual-token method its rows: prefixes share the first, prompts come behind them."""
+    virtual = [e for e in entries if e.method.virtual_tokens]
+    if not virtual:
+        return entries
+    if tokens is None:
+        raise PlanError(f"{type(virtual[0].method).__name__} adds virtual tokens; pass tokens=jpeft.Tokens(ids=0) to say "
+                        "which argument holds the tokens")
+    lengths = {e.method.virtual_tokens for e in virtual if e.site.use == "linear"}
+    prompts = [e for e in virtual if e.site.use != "linear"]
+    if len(lengths) > 1 or len(prompts) > 1:
+        found = f"lengths {sorted(lengths)}" if len(lengths) > 1 else f"prompts on {[e.path for e in prompts]}"
+        raise PlanError(f"virtual tokens must agree, found {found}; use one prefix length and one prompt on the token embedding")
+    start = next(iter(lengths), 0)
+    return [dataclasses.replace(e, start=start) if e in prompts else e for e in entries]
+
+
+def plan(apply: Apply, params: Any, example_args: Sequence[Any], rules: Mapping[Pattern, Method], *,
+         example_kwargs: Mapping[str, Any] | None = None, uses: Sequence[tuple[Any, ...]] = (),
+         exclude: Sequence[Pattern] = (), tokens: Tokens | None = None, materialise: Sequence[Pattern] = ()) -> Plan:
+    """Decide which method rides on which leaf, and prove on an abstract trace that each can.
+
+    Args:
+        apply: pure function `apply(params, *args, **kwargs)` that `jax.jit` accepts.
+        params: any pytree of arrays or `jax.ShapeDtypeStruct`.
+        example_args: positional arguments; arrays (or structs) are traced, everything else is static.
+        rules: ordered mapping pattern -> method; the first match wins. A pattern is a regular expression that must match
+            a whole path `a/b/c`, a predicate `(path, site) -> bool`, `jpeft.layers(pattern, range)`, or a word:
+            `"all-linear"` (every contraction weight but the output head), `"attention"`, `"mlp"`, `"embedding"`,
+            `"conv"`, `"bias"`, `"norm"`.
+        example_kwargs: keyword arguments of the example call.
+        uses: further `(apply, args[, kwargs])` of the same params, whose roles are added.
+        exclude: patterns of leaves that no rule may take.
+        tokens: which arguments and outputs carry the token axis, for methods that add virtual tokens.
+        materialise: patterns of leaves whose adapted weight may be formed whole where no rule exists.
+
+    Returns:
+        An immutable, hashable `Plan`.
+
+    Raises:
+        NoMatchError, UnusedLeafError, WrongUseError, MethodConfigError, PathError: a mistake in rules or params.
+        UnsupportedUse: the model uses an adapted leaf in a way that would need the whole adapted weight.
+
+    Example:
+        >>> import jax.numpy as jnp, jpeft
+        >>> apply = lambda p, x: x @ p["w"]
+        >>> plan = jpeft.plan(apply, {"w": jnp.ones((8, 4))}, (jnp.ones((2, 8)),), {"w": jpeft.LoRA(rank=2)})
+        >>> plan.count()
+        24
+    """
+    from jpeft.core.transform import verify
+
+    functions = [(apply, tuple(example_args), dict(example_kwargs or {}))]
+    for use in uses:
+        functions.append((use[0], tuple(use[1]), dict(use[2]) if len(use) > 2 else {}))
+    sites: dict[str, Site] = {}
+    leaves = jax.tree_util.tree_leaves(params)
+    for fn, args, kwargs in functions:
+        found = analyse(trace(fn, params, args, kwargs), leaves)
+        sites = {p: unite(sites[p], s) if p in sites else s for p, s in found.items()}
+    chosen = resolve(rules, exclude, sites)
+    entries = _arrange_tokens([Entry(sites[p], m, limit) for p, (m, limit) in chosen.items()], tokens)
+    for e in entries:
+        if e.layers is not None:
+            e.live()
+    allowed = [p for pattern in materialise for p in find(pattern, sites, "materialise")]
+    result = Plan(tuple(entries), tuple(sites.values()), tokens, tuple(allowed))
+    for fn, args, kwargs in functions:
+        verify(fn, result, params, args, kwargs)
+    return result

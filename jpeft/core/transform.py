@@ -1,0 +1,244 @@
+"""The transform: `init`, `adapt`, `merge` and what belongs to them. All pure functions of (plan, trainable, frozen)."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpeft.core.frozen import Frozen
+from jpeft.core.interpret import Context, flush, run
+from jpeft.core.leaf import Leaf, Origin
+from jpeft.core.maps import Hooked
+from jpeft.core.method import Call, Theta
+from jpeft.core.ops import Op
+from jpeft.core.plan import Entry, Plan
+from jpeft.core.tokens import pad, strip, twins
+from jpeft.core.trace import Apply, leaves_of, trace
+from jpeft.errors import CallError, NotMergeable
+
+Trainable = dict[str, Theta]
+
+
+def path_number(path: str) -> int:
+    """A number that stands for a path in PRNG keys: the same on every machine and in every process."""
+    return zlib.crc32(path.encode())
+
+
+def init(plan: Plan, params: Any, key: jax.Array, *, calibration: Any = None) -> tuple[Trainable, Frozen]:
+    """Create the trainable partition and wrap the parameters as the frozen one.
+
+    Args:
+        plan: made for these parameters.
+        params: the base parameters. Their leaves become `frozen.base` as they are, without a copy.
+        key: a PRNG key.
+        calibration: an iterator of batches for data-driven inits.
+
+    Returns:
+        `(trainable, frozen)`: `{path: {letter: array}}`, every leaf in a buffer of its own, and `Frozen(base, theta)`.
+
+    Raises:
+        PathError: the params are not those of the plan.
+        CallError: calibration is given and no method of the plan reads it.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jpeft
+        >>> params = {"w": jnp.ones((8, 4))}
+        >>> plan = jpeft.plan(lambda p, x: x @ p["w"], params, (jnp.ones((2, 8)),), {"w": jpeft.LoRA(rank=2)})
+        >>> trainable, frozen = jpeft.init(plan, params, jax.random.key(0))
+        >>> trainable["w"]["a"].shape, trainable["w"]["b"].shape, frozen.base["w"] is params["w"]
+        ((8, 2), (2, 4), True)
+    """
+    if calibration is not None:
+        raise CallError("calibration is given, but no method of the plan reads it; drop it")
+    names, leaves, _ = leaves_of(params)
+    plan.check_params(names, leaves)
+    by_path = dict(zip(names, leaves, strict=True))
+
+    def create(key: jax.Array, bases: Mapping[str, Any]) -> tuple[Trainable, Trainable]:
+        made = {e.path: e.method.init(jax.random.fold_in(key, path_number(e.path)), e.site, bases[e.path])
+                for e in plan.entries}
+        return {p: t for p, (t, _) in made.items()}, {p: f for p, (_, f) in made.items() if f}
+
+    trainable, theta = jax.jit(create)(key, {e.path: by_path[e.path] for e in plan.entries})
+    return trainable, Frozen(params, theta)
+
+
+def _theta(plan: Plan, entry: Entry, trainable: Trainable, frozen: Frozen) -> Theta:
+    return entry.effective({**frozen.theta.get(entry.path, {}), **trainable[entry.path]})
+
+
+def _check_call(plan: Plan, trainable: Any, frozen: Any, call: Call) -> None:
+    wanted = {e.path for e in plan.entries}
+    if not isinstance(frozen, Frozen):
+        raise CallError(f"the second argument is a {type(frozen).__name__}, not Frozen; call adapted(trainable, frozen, *inputs)")
+    if not isinstance(trainable, Mapping) or set(trainable) != wanted:
+        have = set(trainable) if isinstance(trainable, Mapping) else {type(trainable).__name__}
+        raise CallError(f"trainable lacks {sorted(wanted - have)[:3]} and has {sorted(have - wanted)[:3]} beyond the plan; "
+                        "pass what jpeft.init or jpeft.load returned for this plan")
+    for field in ("task", "adapter", "lengths"):
+        if getattr(call, field) is not None and not any(field in e.method.call for e in plan.entries):
+            raise CallError(f"peft=Call({field}=...) is given, but no method of the plan reads it; drop it")
+
+
+def _inputs(plan: Plan, names: Sequence[str], leaves: Sequence[Any], trainable: Trainable, frozen: Frozen,
+            key: Any) -> list[Any]:
+    """The interpreter's inputs: plain arrays, adapted leaves, and tracked biases of hooked leaves."""
+    entries = {e.path: e for e in plan.entries}
+    watched = {e.site.bias for e in plan.entries if e.method.hooks}
+    result = []
+    for name, leaf in zip(names, leaves, strict=True):
+        entry = entries.get(name)
+        value = leaf
+        if entry is not None:
+            own = None if key is None else jax.random.fold_in(key, path_number(name))
+            value = entry.method.build(entry.site, jnp.asarray(leaf), _theta(plan, entry, trainable, frozen), own)
+            if isinstance(value, Hooked):
+                value = dataclasses.replace(value, fn=dataclasses.replace(value.fn, start=entry.start))
+        if isinstance(value, Op) or name in watched:
+            dims = tuple(frozenset({d}) for d in range(np.ndim(leaf)))
+            value = Leaf(value, (Origin(name, dims),), leaf.dtype)
+        result.append(value)
+    return result
+
+
+def adapt(apply: Apply, plan: Plan) -> Callable[..., Any]:
+    """Return `adapted(trainable, frozen, *args, peft=Call(), **kwargs)`, a pure function.
+
+    It equals `apply(merge(plan, trainable, frozen), *args, **kwargs)` where the methods can merge, without ever forming
+    the merged weights. Any function of the same parameters can be adapted with one plan.
+
+    Args:
+        apply: pure function `apply(params, *args, **kwargs)`; what `jax.grad(jax.jit(apply))` accepts is supported.
+        plan: made for its parameters.
+
+    Returns:
+        A function for jit, grad, jvp, vmap, pmap, scan, remat and shard_map. `peft` is its only reserved keyword.
+
+    Raises:
+        UnsupportedUse: (when called) `apply` uses a leaf in a way that would need the whole adapted weight.
+        CallError: (when called) the arguments do not fit the plan.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jpeft
+        >>> apply, params, x = lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}, jnp.ones((2, 8))
+        >>> plan = jpeft.plan(apply, params, (x,), {"w": jpeft.LoRA(rank=2)})
+        >>> trainable, frozen = jpeft.init(plan, params, jax.random.key(0))
+        >>> adapted = jpeft.adapt(apply, plan)
+        >>> bool(jnp.allclose(adapted(trainable, frozen, x), apply(params, x)))
+        True
+    """
+    def adapted(trainable: Trainable, frozen: Frozen, /, *args: Any, peft: Call = Call(), **kwargs: Any) -> Any:  # noqa: B008
+        _check_call(plan, trainable, frozen, peft)
+        n = plan.virtual_tokens
+        plain_args, plain_kwargs = args, kwargs
+        if n:
+            assert plan.tokens is not None
+            args, kwargs = pad(plan.tokens, n, args, kwargs)
+        traced = trace(apply, frozen.base, args, kwargs)
+        leaves = jax.tree_util.tree_leaves(frozen.base)
+        plan.check_params(traced.names, leaves)
+        ctx = Context(allowed=frozenset(plan.materialise),
+                      biases={e.path: e.site.bias for e in plan.entries if e.method.hooks})
+        shapes: list[tuple[int, ...]] = []
+        if n:
+            before = trace(apply, frozen.base, plain_args, plain_kwargs)
+            ctx.tokens = twins(traced.jaxpr, before.jaxpr)
+            shapes = [tuple(v.aval.shape) for v in before.jaxpr.outvars]
+        inputs = _inputs(plan, traced.names, leaves, trainable, frozen, peft.key)
+        outs = [flush(v) for v in run(ctx, traced.jaxpr, traced.consts, (*inputs, *traced.arrays))]
+        outs = [v.dense() if isinstance(v, Leaf) else v for v in outs]
+        if n and plan.tokens is not None:
+            outs = strip(plan.tokens, n, outs, shapes)
+        return jax.tree_util.tree_unflatten(traced.out_tree, outs)
+
+    return adapted
+
+
+def verify(apply: Apply, plan: Plan, params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Evaluate the adapted function abstractly, with a dropout key, so that every unsupported use is an error now."""
+    shapes, theta = plan.theta_shapes()
+    leaves, treedef = jax.tree_util.tree_flatten((tuple(args), dict(kwargs)))
+    arrays = [isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)) for x in leaves]
+
+    def call(trainable: Any, theta: Any, base: Any, given: Sequence[Any]) -> Any:
+        it = iter(given)
+        a, kw = jax.tree_util.tree_unflatten(treedef, [next(it) if t else x for x, t in zip(leaves, arrays, strict=True)])
+        outs = adapt(apply, plan)(trainable, Frozen(base, theta), *a, peft=Call(key=jax.random.key(0)), **kw)
+        return [x for x in jax.tree_util.tree_leaves(outs) if isinstance(x, jax.Array)]
+
+    jax.eval_shape(call, shapes, theta, params, [x for x, t in zip(leaves, arrays, strict=True) if t])
+
+
+def base(plan: Plan, frozen: Frozen) -> Any:
+    """Return the original parameters: the adapter switched off. They are the caller's own arrays."""
+    return frozen.base
+
+
+def merge(plan: Plan, trainable: Trainable, frozen: Frozen, *, partial: bool = False) -> Any:
+    """Fold every method into plain parameters for the untouched `apply`: no inference cost.
+
+    Each leaf is computed in float32 (or wider) and cast back to its own dtype. Pure; works under jit.
+
+    Args:
+        plan: the plan.
+        trainable: the trainable partition.
+        frozen: the frozen partition.
+        partial: leave leaves whose method cannot merge as they are and return the rest beside.
+
+    Returns:
+        The merged parameters; with `partial=True` `(params, rest)`, rest being `{path: theta}` of what did not merge.
+
+    Raises:
+        NotMergeable: a method has no plain equivalent and `partial` is False.
+    """
+    names, leaves, treedef = leaves_of(frozen.base)
+    plan.check_params(names, leaves)
+    entries = {e.path: e for e in plan.entries}
+    rest: Trainable = {}
+    result = []
+    for name, leaf in zip(names, leaves, strict=True):
+        if name in entries:
+            try:
+                leaf = _merged(plan, entries[name], leaf, trainable, frozen).astype(leaf.dtype)
+            except NotMergeable:
+                if not partial:
+                    raise
+                rest[name] = trainable[name]
+        result.append(leaf)
+    params = jax.tree_util.tree_unflatten(treedef, result)
+    return (params, rest) if partial else params
+
+
+def _merged(plan: Plan, entry: Entry, leaf: Any, trainable: Trainable, frozen: Frozen) -> jax.Array:
+    wide = jnp.asarray(leaf).astype(jnp.promote_types(jnp.float32, leaf.dtype))
+    return entry.method.merge(entry.site, wide, _theta(plan, entry, trainable, frozen))
+
+
+def merge_error(plan: Plan, trainable: Trainable, frozen: Frozen) -> dict[str, jax.Array]:
+    """Return, per merged leaf, `max|round(W') - W'| / max|W'|`: what casting back to the leaf's dtype loses."""
+    leaves = dict(zip(*leaves_of(frozen.base)[:2], strict=True))
+    errors = {}
+    for e in plan.entries:
+        try:
+            exact = _merged(plan, e, leaves[e.path], trainable, frozen)
+        except NotMergeable:
+            continue
+        rounded = exact.astype(leaves[e.path].dtype).astype(exact.dtype)
+        errors[e.path] = jnp.max(jnp.abs(rounded - exact)) / jnp.maximum(jnp.max(jnp.abs(exact)), jnp.finfo(exact.dtype).tiny)
+    return errors
+
+
+def penalty(plan: Plan, trainable: Trainable, frozen: Frozen) -> jax.Array:
+    """Return the sum of the methods' regularisers, a float32 scalar (0 where no method has one)."""
+    total = jnp.zeros((), jnp.float32)
+    for e in plan.entries:
+        value = e.method.penalty(e.site, _theta(plan, e, trainable, frozen))
+        if value is not None:
+            total = total + value.astype(jnp.float32)
+    return total

@@ -1,0 +1,3 @@
+"""The methods, one file each."""
+from jpeft.methods.lora import LoRA
+__all__ = ["LoRA"]

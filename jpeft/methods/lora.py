@@ -1,0 +1,180 @@
+"""LoRA: low-rank adaptation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpeft.core import ops
+from jpeft.core.method import Method, Theta
+from jpeft.core.ops import Op
+from jpeft.core.site import Site
+from jpeft.errors import MethodConfigError
+
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA(Method):
+    """Train a low-rank term beside a frozen weight.
+
+    `W' = W + s A B`, `s = alpha / r` (or `alpha / sqrt(r)` with `rslora`); A `[*stack, *in, r]`, B `[*stack, r, *out]`.
+    B starts at zero (of an embedding: A), so that training starts from the base. With the inits `pissa` and `olora`,
+    `W' = W + s (A B - A0 B0)`, A0 and B0 being frozen copies of the start: the base is not changed.
+
+    Args:
+        rank: r, or one rank for each layer of a scanned stack (0: the layer is left out).
+        alpha: numerator of the scale, which is a frozen scalar of theta: another alpha needs no retrace.
+        rslora: divide by `sqrt(r)` (rank-stabilised).
+        dropout: rate of inverted dropout on the input of the adapter path, active when `Call.key` is given.
+        init: `kaiming` (A uniform), `gaussian`, `orthogonal`, `pissa` (principal singular vectors), `olora` (QR).
+
+    Raises:
+        MethodConfigError: a rank below 1 or above the smaller side of the kernel, or an unknown init.
+
+    Source: arXiv 2106.09685; rsLoRA 2312.03732; PiSSA 2404.02948; OLoRA 2406.01775.
+
+    Example:
+        >>> import jax.numpy as jnp, jpeft
+        >>> plan = jpeft.plan(lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}, (jnp.ones((2, 8)),), {"w": jpeft.LoRA(rank=2)})
+        >>> plan.count()
+        24
+    """
+
+    rank: int | tuple[int, ...] = 8
+    alpha: float = 8.0
+    rslora: bool = False
+    dropout: float = 0.0
+    init_weights: str = "kaiming"
+
+    uses: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding", "tied"})
+    recommended_lr: ClassVar[float] = 1e-3
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, list):
+            object.__setattr__(self, "rank", tuple(self.rank))
+        if self.init_weights not in INITS:
+            raise MethodConfigError(f"{type(self).__name__}(init_weights={self.init_weights!r}) is unknown; "
+                                    f"use one of {', '.join(INITS)}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise MethodConfigError(f"{type(self).__name__}(dropout={self.dropout}) is not in [0, 1); it is the rate that is dropped")
+
+    @property
+    def width(self) -> int:
+        """The largest rank: the size of the rank axis."""
+        return max(self.rank) if isinstance(self.rank, tuple) else self.rank
+
+    def check(self, site: Site) -> None:
+        name, ranks = type(self).__name__, self.rank if isinstance(self.rank, tuple) else (self.rank,)
+        most = min(site.in_size, site.out_size)
+        if min(ranks) < (0 if len(ranks) > 1 else 1) or self.width < 1 or self.width > most:
+            raise MethodConfigError(f"{name}(rank={self.rank}) does not fit {site.path!r} of {site.in_size} inputs and "
+                                    f"{site.out_size} outputs; use a rank from 1 to {most}")
+        if isinstance(self.rank, tuple) and (not site.stack_dims or len(ranks) != site.shape[site.stack_dims[0]]):
+            layers = site.shape[site.stack_dims[0]] if site.stack_dims else "no"
+            raise MethodConfigError(f"{name} has {len(ranks)} ranks, but {site.path!r} has {layers} stacked layers; "
+                                    "give one rank for each, or one for all")
+
+    def _mask(self, site: Site) -> np.ndarray | None:
+        """0/1 `[*stack, r]`: which columns are live."""
+        if not isinstance(self.rank, tuple):
+            return None
+        first = np.arange(self.width)[None] < np.asarray(self.rank)[:, None]
+        shape = (first.shape[0], *(1,) * (len(site.stack_dims) - 1), self.width)
+        return np.broadcast_to(first.reshape(shape), (*site.stack_shape, self.width))
+
+    def _scale(self, site: Site) -> np.ndarray:
+        ranks = np.asarray(self.rank if isinstance(self.rank, tuple) else (self.rank,), np.float64)
+        scale = self.alpha / np.maximum(np.sqrt(ranks) if self.rslora else ranks, 1)
+        if not isinstance(self.rank, tuple):
+            return scale[0]
+        return np.broadcast_to(scale.reshape(-1, *(1,) * (len(site.stack_dims) - 1)), site.stack_shape)
+
+    def init(self, key: jax.Array, site: Site, base: jax.Array) -> tuple[Theta, Theta]:
+        dtype, r = site.theta_dtype, self.width
+        frozen: Theta = {"scale": jnp.asarray(self._scale(site), dtype)}
+        mask = self._mask(site)
+        if mask is not None:
+            frozen["mask"] = jnp.asarray(mask, dtype)
+        a_shape, b_shape = (*site.stack_shape, site.in_size, r), (*site.stack_shape, r, site.out_size)
+        a, b = jnp.zeros(a_shape, dtype), jnp.zeros(b_shape, dtype)
+        if self.init_weights in ("pissa", "olora"):
+            a, b = self._from_base(site, base.astype(dtype), frozen["scale"])
+            frozen |= {"a0": self._fold(site, a, "a"), "b0": self._fold(site, b, "b")}
+            a, b = jnp.array(a, copy=True), jnp.array(b, copy=True)
+        elif site.use in ("embedding", "tied"):
+            b = jax.random.normal(key, b_shape, dtype)
+        elif self.init_weights == "gaussian":
+            a = jax.random.normal(key, a_shape, dtype) / r
+        elif self.init_weights == "orthogonal":
+            a = jax.random.orthogonal(key, max(site.in_size, r), site.stack_shape, dtype)[..., : site.in_size, :r]
+        else:
+            bound = 1.0 / math.sqrt(site.in_size)
+            a = jax.random.uniform(key, a_shape, dtype, -bound, bound)
+        return {"a": self._fold(site, a, "a"), "b": self._fold(site, b, "b")}, frozen
+
+    def _from_base(self, site: Site, base: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The factors at the start, `s A B` = the principal part of W (pissa) or a part of its QR (olora)."""
+        matrix, r = site.matrix(base), self.width
+        each = scale.reshape(scale.shape + (1, 1)) if scale.ndim else scale
+        if self.init_weights == "pissa":
+            u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+            root = jnp.sqrt(s[..., :r])
+            return u[..., :r] * root[..., None, :] / jnp.sqrt(each), root[..., :, None] * vt[..., :r, :] / jnp.sqrt(each)
+        q, upper = jnp.linalg.qr(jnp.swapaxes(matrix, -1, -2))
+        return jnp.swapaxes(upper[..., :r, :], -1, -2), jnp.swapaxes(q[..., :, :r], -1, -2)
+
+    def _fold(self, site: Site, x: jax.Array, letter: str) -> jax.Array:
+        shape = (*site.in_shape, self.width) if letter == "a" else (self.width, *site.out_shape)
+        return jnp.reshape(x, (*site.stack_shape, *shape))
+
+    def term(self, site: Site, theta: Theta, key: jax.Array | None, a: str = "a", b: str = "b", sign: float = 1.0) -> ops.Product:
+        """The additive term `s A B` as an expression."""
+        right = theta[b]
+        stack = len(site.stack_dims)
+        scale = theta["scale"] * jnp.asarray(sign, theta["scale"].dtype)
+        right = right * scale.reshape(scale.shape + (1,) * (right.ndim - scale.ndim)).astype(right.dtype)
+        if "mask" in theta:
+            right = right * theta["mask"].reshape(theta["mask"].shape + (1,) * (right.ndim - stack - 1)).astype(right.dtype)
+        drop = None
+        if key is not None and self.dropout > 0.0:
+            n = site.stack_size
+            data = jax.random.key_data(jax.random.split(key, n) if site.stack_dims else key[None])
+            drop = (data.reshape((*site.stack_shape, data.shape[-1])), (*site.stack_dims, "key"))
+        return ops.product(site.shape, (theta[a], (*site.stack_dims, *site.in_dims, "r")),
+                           (right, (*site.stack_dims, "r", *site.out_dims)), rate=self.dropout, key=drop)
+
+    def build(self, site: Site, base: Any, theta: Theta, key: jax.Array | None) -> jax.Array | Op:
+        parts = [base, self.term(site, theta, key)]
+        if "a0" in theta:
+            parts.append(self.term(site, theta, None, "a0", "b0", -1.0))
+        return ops.add(*parts)
+
+    def neutral(self, site: Site, theta: Theta) -> Theta:
+        if "a0" in theta:
+            return {"a": theta["a0"], "b": theta["b0"]}
+        return {"a": jnp.zeros_like(theta["a"]), "b": jnp.zeros_like(theta["b"])}
+
+    def live(self, site: Site) -> dict[str, Any]:
+        mask = self._mask(site)
+        if mask is None:
+            return {}
+        a = mask.reshape((*site.stack_shape, *(1,) * len(site.in_dims), self.width))
+        b = mask.reshape((*site.stack_shape, self.width, *(1,) * len(site.out_dims)))
+        return {"a": np.broadcast_to(a, (*site.stack_shape, *site.in_shape, self.width)),
+                "b": np.broadcast_to(b, (*site.stack_shape, self.width, *site.out_shape))}
+
+    def axes(self, site: Site) -> dict[str, tuple[int | None, ...]]:
+        a, b = (*site.stack_dims, *site.in_dims, None), (*site.stack_dims, None, *site.out_dims)
+        per_layer = isinstance(self.rank, tuple)
+        return {"a": a, "b": b, "a0": a, "b0": b, "scale": site.stack_dims if per_layer else (), "mask": (*site.stack_dims, None)}
+
+    def flops(self, site: Site) -> tuple[int, int]:
+        terms = 2 if self.init_weights in ("pissa", "olora") else 1
+        ins = 0 if site.use == "embedding" else site.in_size * site.groups
+        return terms * 2 * self.width * (ins + site.out_size), 0

@@ -1,0 +1,37 @@
+"""The setting of every test: eight simulated devices, cheap compiles, and tests grouped by what they share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# Before JAX starts. A flag that the user has set stays as it is. Level 0 leaves the optimised HLO alone and only
+# saves machine code generation; where speed is the subject, compile with
+# `lowered.compile(compiler_options={"xla_backend_optimization_level": 3})`.
+_FLAGS = {"--xla_force_host_platform_device_count": "8", "--xla_backend_optimization_level": "0"}
+_user = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join([_user, *(f"{k}={v}" for k, v in _FLAGS.items() if k not in _user)]).strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+pytest.register_assert_rewrite("cases", "flops", "gallery", "support")
+
+import jax  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests that share compiled programs in one worker: those of one row of a table, else those of one file."""
+    for item in items:
+        if any(item.iter_markers("xdist_group")):
+            continue
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        row = params.get("case")
+        item.add_marker(pytest.mark.xdist_group(str(getattr(row, "name", row)) if row is not None else item.path.name))
+
+
+@pytest.fixture
+def strict_dtypes() -> Iterator[None]:
+    """Make implicit dtype promotion an error; for our own maths only, since optax and flax rely on promotion."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
