@@ -5,7 +5,11 @@ from jpeft.core.interpret import register_rule
 from jpeft.core.consume import multiply
 from jpeft.core.match import layers
 from jpeft.core.method import Call, Identity, Method
-from jpeft.core.plan import Plan, plan
+from jpeft.core.plan import Plan
+from jpeft.core.planning import plan
+from jpeft.core.store import save, load
+from jpeft.core.partition import mask, partition, combine
+from jpeft import optim
 from jpeft.core.tokens import Tokens
 from jpeft.core.transform import adapt, base, init, merge, merge_error, penalty
 from jpeft.core.frozen import Frozen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from jpeft.core import compat, ops
 from jpeft.core.einsum import Dot
 from jpeft.core.factor import Unsupported
 from jpeft.core.interpret import Context, register
-from jpeft.core.leaf import Leaf, Pending, hook_theta, unhook
+from jpeft.core.leaf import Leaf, Lookup, Pending, hook_theta, unhook
 
 
 def _token_axis(ctx: Context, eqn: Any) -> int | None:
@@ -41,15 +42,16 @@ def _finish(ctx: Context, eqn: Any, leaf: Leaf, y: Any, hooks: Sequence[Any], fe
 def _pick(ctx: Context, eqn: Any, values: list[Any]) -> int:
     """Which operand of a product is the weight; the other becomes an array."""
     where = [i for i, v in enumerate(values[:2]) if isinstance(v, Leaf)]
+    rows = [i for i in where if values[i].lookup is not None]
+    if len(where) == 2 and len(rows) == 1:
+        values[rows[0]] = ctx.whole(values[rows[0]], eqn)
+        return 1 - rows[0]
     adapted = [i for i in where if values[i].adapted]
     if len(adapted) == 2:
         raise Unsupported("two adapted leaves are multiplied with each other")
     weight = (adapted or where)[-1]
-    other = values[1 - weight]
-    if isinstance(other, Leaf):
-        if ctx.recorder is not None:
-            ctx.recorder.other(other, eqn.primitive.name, ctx.where(eqn), problem=True)
-        values[1 - weight] = other.op
+    if len(where) == 2:
+        values[1 - weight] = ctx.whole(values[1 - weight], eqn)
     return weight
 
 
@@ -119,10 +121,8 @@ def multiply(x: jax.Array, leaf: Any, x_dims: Sequence[int], w_dims: Sequence[in
 @register("conv_general_dilated")
 def _conv(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[Any]:
     x, leaf = values
-    if isinstance(x, Leaf) and (x.adapted or ctx.recorder is not None):
-        raise Unsupported("a weight as the left operand of a convolution")
     if isinstance(x, Leaf):
-        x = x.op
+        x = ctx.whole(x, eqn, "a weight as the left operand of a convolution")
     if not isinstance(leaf, Leaf):
         return compat.rebind(eqn, [x, leaf])
     p = eqn.params
@@ -268,34 +268,48 @@ def _gather(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[
         raise Unsupported("a weight as an index")
     p = eqn.params
     numbers, sizes = p["dimension_numbers"], p["slice_sizes"]
-    full = [d for d in range(leaf.ndim) if d not in numbers.start_index_map]
-    if getattr(numbers, "operand_batching_dims", ()) or len(numbers.start_index_map) != 1 \
-            or tuple(numbers.collapsed_slice_dims) != tuple(numbers.start_index_map) \
-            or any(sizes[d] != leaf.shape[d] for d in full):
+    collapsed, start = tuple(numbers.collapsed_slice_dims), tuple(numbers.start_index_map)
+    cut = [d for d in range(leaf.ndim) if sizes[d] != leaf.shape[d]] or list(collapsed) or list(start)
+    exact = all(sizes[d] == leaf.shape[d] == 1 or d == cut[0] for d in collapsed)
+    clipped = p["mode"] in (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+    if getattr(numbers, "operand_batching_dims", ()) or len(cut) != 1 or sizes[cut[0]] != 1 or cut[0] not in start \
+            or not exact or (len(start) > 1 and not clipped):
         raise Unsupported("this form of gather")
-    axis = numbers.start_index_map[0]
+    axis = cut[0]
+    column = lax.slice_in_dim(indices, start.index(axis), start.index(axis) + 1, axis=-1)
     n = indices.ndim - 1
     shape = eqn.outvars[0].aval.shape
+    take = _Take(column, p)
+    dims = tuple(o.dims[axis] for o in leaf.origins)
+    value, hooks = unhook(leaf.op)
+    now = ctx.recorder is None and n > 0 and all(q in ctx.embeddings for q in leaf.paths)
+    taken = Leaf(value if now else leaf.op, leaf.origins, leaf.dtype).along(axis, take, tuple(indices.shape[:-1]))
+    kept = [d for d in range(leaf.ndim) if d not in collapsed]
+    thin = [s for d, s in enumerate(taken.shape) if axis <= d < axis + n or _source(d, axis, n) not in collapsed]
+    taken = taken.reshape(thin) if axis in collapsed else _put_one(taken, axis, n, collapsed)
     batch = [d for d in range(len(shape)) if d not in numbers.offset_dims]
+    first = sum(1 for d in kept if d < axis)
     layout = [0] * len(shape)
     for k, d in enumerate(numbers.offset_dims):
-        layout[d] = k if k < axis else k + n
+        layout[d] = k if k < first else k + n
     for k, d in enumerate(batch):
-        layout[d] = axis + k
-    wide = [d for d in full if leaf.shape[d] > 1 and (ctx.recorder is None or any(o.dims[d] for o in leaf.origins))]
-    lookup = n > 0 and len(wide) <= 1 and leaf.shape[axis] > 1
-    if lookup and ctx.recorder is not None:
-        rows = math.prod(indices.shape[:-1]) * ctx.trips
-        ctx.recorder.contraction(leaf, "embedding", (axis,), full, rows, (*ctx.stack, id(eqn)), ctx.where(eqn), 1)
-        y = compat.rebind(eqn, [leaf.op, indices])[0]
-        return [Pending(y, leaf.paths, (), tuple(numbers.offset_dims), None, None)]
-    value, hooks = unhook(leaf.op)
-    if not lookup:
-        taken = leaf.along(axis, _Take(indices, p), tuple(indices.shape[:-1]))
-        return [taken.permute(layout)]
-    if not isinstance(value, ops.Op):
-        y = compat.rebind(eqn, [value, indices])[0]
-    else:
-        taken = ops.permute(ops.along(value, axis, _Take(indices, p), tuple(indices.shape[:-1])), layout)
-        y = ops.materialise(taken).astype(shape and eqn.outvars[0].aval.dtype)
-    return _finish(ctx, eqn, leaf, y, hooks, numbers.offset_dims)
+        layout[d] = first + k
+    taken = taken.permute(layout)
+    if now:
+        return _finish(ctx, eqn, leaf, taken.dense(), hooks, numbers.offset_dims)
+    if n == 0:
+        return [dataclasses.replace(taken, lookup=leaf.lookup)]
+    rows = math.prod(indices.shape[:-1]) * ctx.trips
+    return [dataclasses.replace(taken, lookup=Lookup(dims, rows, (*ctx.stack, id(eqn)), ctx.where(eqn)))]
+
+
+def _source(d: int, axis: int, n: int) -> int:
+    """The operand dim that dim `d` is, after `axis` gave way to `n` index dims."""
+    return d if d < axis else d - n + 1
+
+
+def _put_one(taken: Leaf, axis: int, n: int, collapsed: Sequence[int]) -> Leaf:
+    """Where the gather keeps the indexed dim (of size 1), put it behind the index dims."""
+    shape = [s for d, s in enumerate(taken.shape) if axis <= d < axis + n or _source(d, axis, n) not in collapsed]
+    at = sum(1 for d in range(axis) if d not in collapsed) + n
+    return taken.reshape((*shape[:at], 1, *shape[at:]))

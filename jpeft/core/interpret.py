@@ -37,6 +37,8 @@ class Recorder(Protocol):
 
     def bias(self, paths: Sequence[str], leaf: Leaf) -> None: ...
 
+    def rows(self, leaf: Leaf) -> None: ...
+
 
 @dataclasses.dataclass
 class Context:
@@ -45,24 +47,24 @@ class Context:
     Attributes:
         recorder: set in an analysis, where leaves are plain arrays that are only watched.
         allowed: paths whose adapted weight may be formed whole.
+        embeddings: paths whose rows are looked up.
         biases: for each hooked leaf, the path of its bias.
         tokens: for an equation, by id, the shapes that its outputs have without the virtual tokens.
         uses: how often each leaf has been contracted, so that each use gets its own dropout mask.
         trips: product of the lengths of the scans around the present equation.
         stack: the equations around the present one.
         manual: manual mesh axes, where the types do not say what varies.
-        returned: paths of leaves formed whole because the model returns them.
     """
 
     recorder: Recorder | None = None
     allowed: frozenset[str] = frozenset()
+    embeddings: frozenset[str] = frozenset()
     biases: dict[str, str | None] = dataclasses.field(default_factory=dict)
     tokens: dict[int, tuple[tuple[int, ...], ...]] = dataclasses.field(default_factory=dict)
     uses: dict[tuple[str, ...], int] = dataclasses.field(default_factory=dict)
     trips: int = 1
     stack: tuple[int, ...] = ()
     manual: tuple[str, ...] = ()
-    returned: set[str] = dataclasses.field(default_factory=set)
 
     def where(self, eqn: Any) -> str:
         return f"{eqn.primitive.name} @ {compat.source_line(eqn)}"
@@ -70,11 +72,11 @@ class Context:
     def whole(self, leaf: Leaf, eqn: Any, why: str = "") -> Any:
         """Form a leaf whole for a consumer that has no rule, if that is allowed."""
         if self.recorder is not None:
-            self.recorder.other(leaf, eqn.primitive.name, self.where(eqn), problem=True)
+            self.record(leaf, eqn.primitive.name, self.where(eqn))
             return leaf.op
         if not leaf.adapted:
             return leaf.op
-        if all(p in self.allowed for p in leaf.paths):
+        if leaf.lookup is not None or all(p in self.allowed for p in leaf.paths):
             return leaf.dense()
         names = ", ".join(repr(p) for p in leaf.paths)
         raise UnsupportedUse(
@@ -82,6 +84,14 @@ class Context:
             + (f" ({why})" if why else "")
             + "; exclude the leaf, register a rule (jpeft.register_rule), or pass materialise=[...] to jpeft.plan"
         )
+
+    def record(self, leaf: Leaf, kind: str, where: str) -> None:
+        """Note a use without a rule, or a look-up of rows that has come to its end."""
+        assert self.recorder is not None
+        if leaf.lookup is not None:
+            self.recorder.rows(leaf)
+        else:
+            self.recorder.other(leaf, kind, where, problem=True)
 
     def enter(self, eqn: Any, trips: int = 1) -> Context:
         return dataclasses.replace(self, trips=self.trips * trips, stack=(*self.stack, id(eqn)))

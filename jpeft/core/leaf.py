@@ -26,6 +26,16 @@ class Origin:
     dims: Dims
 
 
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """A gather of rows: the leaf's own dims that were indexed, per origin; how many rows; which equation."""
+
+    dims: tuple[frozenset[int], ...]
+    rows: int
+    key: tuple[int, ...]
+    where: str
+
+
 def _regroup(dims: Dims, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:
     result = [NONE] * len(new)
     for a, b in reshape_groups(old, new):
@@ -39,14 +49,19 @@ def _regroup(dims: Dims, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:
     return tuple(result)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["op"], meta_fields=["origins", "dtype"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["op"], meta_fields=["origins", "dtype", "lookup"])
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A view of one parameter leaf (or of several, concatenated): an expression and where it comes from."""
+    """A view of one parameter leaf (or of several, concatenated): an expression and where it comes from.
+
+    `lookup` is set once rows have been gathered by an array of indices: what is then not contracted as a weight is an
+    activation, and may be formed.
+    """
 
     op: Any
     origins: tuple[Origin, ...]
     dtype: Any
+    lookup: Lookup | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,7 +80,7 @@ class Leaf:
         return tuple(o.path for o in self.origins)
 
     def _with(self, op: Any, dims: Callable[[Dims], Dims]) -> Leaf:
-        return Leaf(op, tuple(Origin(o.path, dims(o.dims)) for o in self.origins), self.dtype)
+        return Leaf(op, tuple(Origin(o.path, dims(o.dims)) for o in self.origins), self.dtype, self.lookup)
 
     def permute(self, perm: Sequence[int]) -> Leaf:
         return self._with(ops.permute(self.op, perm), lambda d: tuple(d[p] for p in perm))

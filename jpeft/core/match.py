@@ -10,7 +10,7 @@ from typing import Any
 from jpeft.core.method import Method
 from jpeft.core.paths import layer_index
 from jpeft.core.site import Site
-from jpeft.errors import NoMatchError, PlanError, UnusedLeafError, WrongUseError, nearest
+from jpeft.errors import NoMatchError, PlanError, UnsupportedUse, UnusedLeafError, WrongUseError, nearest
 
 Pattern = Any  # str | Callable[[str, Site], bool] | Layers
 
@@ -165,8 +165,11 @@ def _check(path: str, site: Site, method: Method, pattern: Pattern) -> None:
     if site.use == "unused":
         raise UnusedLeafError(f"rule {_name(pattern)} targets {path!r}, which the model does not read with these example "
                               "arguments; exclude it, or pass uses=[...] with the function that reads it")
+    if site.use == "other" and site.problems and "other" not in method.uses:
+        raise UnsupportedUse(f"{name} cannot ride on {path!r}: {site.problems[0]} needs the whole adapted weight; exclude the "
+                             "leaf, register a rule (jpeft.register_rule), or pass materialise=[...] to jpeft.plan")
     if site.use not in method.uses:
-        read = f" ({'; '.join(site.problems[:2])})" if site.problems else ""
+        read = f" ({'; '.join(site.consumers[:2])})" if site.consumers else ""
         raise WrongUseError(f"{name} cannot ride on {path!r}, which the model uses as {site.use}{read}; "
                             f"it needs {' or '.join(sorted(method.uses))}: narrow rule {_name(pattern)}")
     method.check(site)

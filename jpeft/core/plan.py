@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jpeft.core.match import Pattern, find, resolve
 from jpeft.core.method import Method, Theta, decode, encode
-from jpeft.core.roles import analyse, unite
 from jpeft.core.site import Site
 from jpeft.core.tokens import Tokens
-from jpeft.core.trace import Apply, trace
 from jpeft.errors import PathError, PlanError
 
 
@@ -64,13 +62,14 @@ class Entry:
 
     def shapes(self) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
         """Shapes of the trainable and the frozen entries of theta."""
-        base = jax.ShapeDtypeStruct(self.site.shape, self.site.dtype)
-        return jax.eval_shape(lambda k, b: self.method.init(k, self.site, b), jax.eval_shape(lambda: jax.random.key(0)), base)
+        return _shapes(self)
 
     def live(self) -> dict[str, np.ndarray]:
         """Per trainable entry with dead parts, a bool mask of its shape: which values can ever matter."""
         masks: dict[str, np.ndarray] = {}
         given = self.method.live(self.site)
+        if self.layers is None and not given:
+            return masks
         for letter, struct in self.shapes()[0].items():
             mask = np.ones(struct.shape, bool)
             if letter in given:
@@ -87,6 +86,13 @@ class Entry:
         masks = self.live()
         return sum(int(masks[k].sum()) if k in masks else int(np.prod(s.shape, dtype=np.int64))
                    for k, s in self.shapes()[0].items())
+
+
+@functools.lru_cache(maxsize=4096)
+def _shapes(entry: Entry) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
+    base = jax.ShapeDtypeStruct(entry.site.shape, entry.site.dtype)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(lambda k, b: entry.method.init(k, entry.site, b), key, base)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,75 +164,3 @@ class Plan:
         extra = [n for n in names if n not in {s.path for s in self.sites}]
         if extra:
             raise PathError(f"the params have leaves that the plan lacks: {extra[:3]}; make a new plan for them")
-
-
-def _arrange_tokens(entries: list[Entry], tokens: Tokens | None) -> list[Entry]:
-    """Give every virtual-token method its rows: prefixes share the first, prompts come behind them."""
-    virtual = [e for e in entries if e.method.virtual_tokens]
-    if not virtual:
-        return entries
-    if tokens is None:
-        raise PlanError(f"{type(virtual[0].method).__name__} adds virtual tokens; pass tokens=jpeft.Tokens(ids=0) to say "
-                        "which argument holds the tokens")
-    lengths = {e.method.virtual_tokens for e in virtual if e.site.use == "linear"}
-    prompts = [e for e in virtual if e.site.use != "linear"]
-    if len(lengths) > 1 or len(prompts) > 1:
-        found = f"lengths {sorted(lengths)}" if len(lengths) > 1 else f"prompts on {[e.path for e in prompts]}"
-        raise PlanError(f"virtual tokens must agree, found {found}; use one prefix length and one prompt on the token embedding")
-    start = next(iter(lengths), 0)
-    return [dataclasses.replace(e, start=start) if e in prompts else e for e in entries]
-
-
-def plan(apply: Apply, params: Any, example_args: Sequence[Any], rules: Mapping[Pattern, Method], *,
-         example_kwargs: Mapping[str, Any] | None = None, uses: Sequence[tuple[Any, ...]] = (),
-         exclude: Sequence[Pattern] = (), tokens: Tokens | None = None, materialise: Sequence[Pattern] = ()) -> Plan:
-    """Decide which method rides on which leaf, and prove on an abstract trace that each can.
-
-    Args:
-        apply: pure function `apply(params, *args, **kwargs)` that `jax.jit` accepts.
-        params: any pytree of arrays or `jax.ShapeDtypeStruct`.
-        example_args: positional arguments; arrays (or structs) are traced, everything else is static.
-        rules: ordered mapping pattern -> method; the first match wins. A pattern is a regular expression that must match
-            a whole path `a/b/c`, a predicate `(path, site) -> bool`, `jpeft.layers(pattern, range)`, or a word:
-            `"all-linear"` (every contraction weight but the output head), `"attention"`, `"mlp"`, `"embedding"`,
-            `"conv"`, `"bias"`, `"norm"`.
-        example_kwargs: keyword arguments of the example call.
-        uses: further `(apply, args[, kwargs])` of the same params, whose roles are added.
-        exclude: patterns of leaves that no rule may take.
-        tokens: which arguments and outputs carry the token axis, for methods that add virtual tokens.
-        materialise: patterns of leaves whose adapted weight may be formed whole where no rule exists.
-
-    Returns:
-        An immutable, hashable `Plan`.
-
-    Raises:
-        NoMatchError, UnusedLeafError, WrongUseError, MethodConfigError, PathError: a mistake in rules or params.
-        UnsupportedUse: the model uses an adapted leaf in a way that would need the whole adapted weight.
-
-    Example:
-        >>> import jax.numpy as jnp, jpeft
-        >>> apply = lambda p, x: x @ p["w"]
-        >>> plan = jpeft.plan(apply, {"w": jnp.ones((8, 4))}, (jnp.ones((2, 8)),), {"w": jpeft.LoRA(rank=2)})
-        >>> plan.count()
-        24
-    """
-    from jpeft.core.transform import verify
-
-    functions = [(apply, tuple(example_args), dict(example_kwargs or {}))]
-    for use in uses:
-        functions.append((use[0], tuple(use[1]), dict(use[2]) if len(use) > 2 else {}))
-    sites: dict[str, Site] = {}
-    leaves = jax.tree_util.tree_leaves(params)
-    for fn, args, kwargs in functions:
-        found = analyse(trace(fn, params, args, kwargs), leaves)
-        sites = {p: unite(sites[p], s) if p in sites else s for p, s in found.items()}
-    chosen = resolve(rules, exclude, sites)
-    entries = _arrange_tokens([Entry(sites[p], m, limit) for p, (m, limit) in chosen.items()], tokens)
-    for e in entries:
-        if e.layers is not None:
-            e.live()
-    allowed = [p for pattern in materialise for p in find(pattern, sites, "materialise")]
-    result = Plan(tuple(entries), tuple(sites.values()), tokens, tuple(allowed))
-    for fn, args, kwargs in functions:
-        verify(fn, result, params, args, kwargs)
-    return result

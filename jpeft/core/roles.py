@@ -59,6 +59,17 @@ class _Watch:
             if problem:
                 notes.problems[where] = None
 
+    def rows(self, leaf: Leaf) -> None:
+        look = leaf.lookup
+        assert look is not None
+        for origin, ins in zip(leaf.origins, look.dims, strict=True):
+            notes, shape = self.notes[origin.path], self.shapes[origin.path]
+            outs = (frozenset().union(*origin.dims) if origin.dims else frozenset()) - ins
+            rest = tuple(d for d in range(len(shape)) if d not in ins and d not in outs)
+            notes.contracted.setdefault((look.key, "rows"), ("embedding", tuple(sorted(ins)), tuple(sorted(outs)), rest))
+            notes.rows[(look.key, "rows")] = look.rows
+            notes.consumers[look.where] = None
+
     def bias(self, paths: Sequence[str], leaf: Leaf) -> None:
         bias, dims = leaf.origins[0].path, leaf.origins[0].dims
         for path in paths:
@@ -110,7 +121,11 @@ def analyse(traced: Traced, leaves: Sequence[Any]) -> dict[str, Site]:
     def walk(params: Sequence[Any], arrays: Sequence[Any]) -> Any:
         tracked = [_track(n, v) for n, v in zip(traced.names, params, strict=True)]
         outs = run(Context(recorder=watch), traced.jaxpr, traced.consts, (*tracked, *arrays))
-        return [v.op if isinstance(v, Leaf) else v for v in map(flush, outs)]
+        outs = [flush(v) for v in outs]
+        for v in outs:
+            if isinstance(v, Leaf) and v.lookup is not None:
+                watch.rows(v)
+        return [v.op if isinstance(v, Leaf) else v for v in outs]
 
     structs = [jax.ShapeDtypeStruct(np.shape(v), v.dtype, sharding=_explicit(v)) for v in leaves]
     jax.eval_shape(walk, structs, traced.arrays)
@@ -144,6 +159,14 @@ def unite(a: Site, b: Site) -> Site:
     return dataclasses.replace(
         first, use=use, rows=a.rows + b.rows, bias=a.bias or b.bias,
         consumers=tuple(dict.fromkeys(a.consumers + b.consumers)), problems=tuple(dict.fromkeys(a.problems + b.problems)))
+
+
+def as_matrix(site: Site) -> Site:
+    """Roles by convention `[..., in, out]` for a leaf that may be formed whole and whose uses say nothing."""
+    n = len(site.shape)
+    if site.use != "other" or n < 2:
+        return site
+    return dataclasses.replace(site, use="linear", in_dims=(n - 2,), out_dims=(n - 1,), stack_dims=tuple(range(n - 2)))
 
 
 def inspect(apply: Apply, params: Any, example_args: Sequence[Any], *,

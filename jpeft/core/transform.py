@@ -144,6 +144,7 @@ def adapt(apply: Apply, plan: Plan) -> Callable[..., Any]:
         leaves = jax.tree_util.tree_leaves(frozen.base)
         plan.check_params(traced.names, leaves)
         ctx = Context(allowed=frozenset(plan.materialise),
+                      embeddings=frozenset(s.path for s in plan.sites if s.use in ("embedding", "tied")),
                       biases={e.path: e.site.bias for e in plan.entries if e.method.hooks})
         shapes: list[tuple[int, ...]] = []
         if n:

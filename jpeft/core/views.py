@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -110,6 +111,23 @@ def _split(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[A
     return outs
 
 
+@register("unstack")
+def _unstack(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[Any]:
+    leaf, axis = _first(values), eqn.params["axis"]
+    shape = (*leaf.shape[:axis], *leaf.shape[axis + 1:])
+    return [_cut(leaf, axis, i, 1).reshape(shape) for i in range(leaf.shape[axis])]
+
+
+@register("tile")
+def _tile(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[Any]:
+    leaf = _first(values)
+    for axis, n in enumerate(eqn.params["reps"]):
+        if n != 1:
+            size = leaf.shape[axis] * n
+            leaf = leaf.along(axis, lambda a, ax, n=n: jnp.concatenate([a] * n, ax), (size,))
+    return [leaf]
+
+
 @register("rev")
 def _rev(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[Any]:
     leaf = _first(values)
@@ -180,6 +198,7 @@ def _all_gather(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Seque
 
 
 def _scalar(ctx: Context, eqn: Any, values: list[Any], fn: Callable[[Any], Any]) -> Sequence[Any]:
+    values = _scalars(ctx, eqn, values)
     leaves = [v for v in values if isinstance(v, Leaf)]
     others = [v for v in values if not isinstance(v, Leaf)]
     if len(leaves) != 1 or any(np.size(o) != 1 for o in others):
@@ -187,8 +206,23 @@ def _scalar(ctx: Context, eqn: Any, values: list[Any], fn: Callable[[Any], Any])
     return [leaves[0].scale(fn(others[0]) if others else fn(None)).cast(eqn.outvars[0].aval.dtype)]
 
 
+def _scalars(ctx: Context, eqn: Any, values: list[Any]) -> list[Any]:
+    """Take tracked leaves of one element, that meet a larger one, as the scalars they are."""
+    if sum(isinstance(v, Leaf) for v in values) < 2 or all(np.size(v.op) == 1 for v in values if isinstance(v, Leaf)):
+        return values
+    result = []
+    for v in values:
+        if isinstance(v, Leaf) and not v.adapted and np.size(v.op) == 1:
+            if ctx.recorder is not None:
+                ctx.recorder.other(v, "scale", ctx.where(eqn), problem=True)
+            v = v.op
+        result.append(v)
+    return result
+
+
 @register("mul")
 def _mul(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[Any]:
+    values = _scalars(ctx, eqn, values)
     if ctx.recorder is not None and not any(np.size(v) == 1 for v in values if not isinstance(v, Leaf)):
         return _elementwise(ctx, eqn, values, "scale")
     return _scalar(ctx, eqn, values, lambda s: jnp.reshape(s, ()))
@@ -211,11 +245,12 @@ def _div(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[Any
 
 @register("add", "sub", "add_any")
 def _add(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[Any]:
+    values = _scalars(ctx, eqn, values)
     leaves = [v for v in values if isinstance(v, Leaf)]
     if all(not leaf.adapted for leaf in leaves):
         plain = [v.op if isinstance(v, Leaf) else v for v in values]
         if len(leaves) == 1 and all(np.size(v) == 1 for v in values if not isinstance(v, Leaf)):
-            return [Leaf(compat.rebind(eqn, plain)[0], leaves[0].origins, leaves[0].dtype)]
+            return [dataclasses.replace(leaves[0], op=compat.rebind(eqn, plain)[0])]
         if ctx.recorder is not None:
             return _elementwise(ctx, eqn, values, "bias")
         return compat.rebind(eqn, plain)
@@ -228,19 +263,22 @@ def _elementwise(ctx: Context, eqn: Any, values: list[Any], kind: str) -> Sequen
     for v in values:
         if isinstance(v, Leaf):
             wide = sum(1 for d, n in enumerate(v.shape) if n > 1 and any(o.dims[d] for o in v.origins))
-            ctx.recorder.other(v, kind if wide <= 1 else eqn.primitive.name, ctx.where(eqn), problem=True)
+            ctx.record(v, kind if wide <= 1 else eqn.primitive.name, ctx.where(eqn))
     return compat.rebind(eqn, [v.op if isinstance(v, Leaf) else v for v in values])
 
 
-@register("concatenate")
+@register("concatenate", "stack")
 def _concatenate(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[Any]:
-    axis = eqn.params["dimension"]
-    origins = tuple(o for v in values if isinstance(v, Leaf) for o in v.origins)
+    axis = eqn.params.get("dimension", eqn.params.get("axis"))
+    if eqn.primitive.name == "stack":
+        thin = (*values[0].shape[:axis], 1, *values[0].shape[axis:])
+        values = [v.reshape(thin) if isinstance(v, Leaf) else jnp.reshape(v, thin) for v in values]
     parts = [v.op if isinstance(v, Leaf) else v for v in values]
-    merged = tuple(Origin(o.path, tuple(d if i != axis or v.shape[axis] > 1 else NONE for i, d in enumerate(o.dims)))
-                   for v in values if isinstance(v, Leaf) for o in v.origins)
-    dtype = eqn.outvars[0].aval.dtype
-    return [Leaf(_join(parts, axis), merged if any(n > 1 for n in (len(values),)) else origins, dtype)]
+    origins = tuple(Origin(o.path, tuple(d if i != axis or v.shape[axis] > 1 else NONE for i, d in enumerate(o.dims)))
+                    for v in values if isinstance(v, Leaf) for o in v.origins)
+    if any(isinstance(v, Leaf) and v.lookup is not None for v in values):
+        raise Unsupported("looked-up rows joined with others")
+    return [Leaf(_join(parts, axis), origins, eqn.outvars[0].aval.dtype)]
 
 
 def _join(parts: list[Any], axis: int) -> Any:

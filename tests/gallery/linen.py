@@ -62,15 +62,15 @@ class Stack(nn.Module):
         return layers(self.param_dtype, self.dtype, name="layers")(x, None)[0]
 
 
-@case(2, rules=KERNELS, expect={"Dense_0/kernel": Dims((0,), (1,))}, dtypes=BOTH)
+@case(2, rules=KERNELS, expect={"layers_0/kernel": Dims((0,), (1,))}, dtypes=BOTH)
 def dense(dtype: Any) -> Made:
     kw = {"param_dtype": dtype}
-    return made(nn.Sequential([nn.Dense(F, name="Dense_0", **kw), nn.gelu, nn.Dense(D, **kw)]), data(dtype))
+    return made(nn.Sequential([nn.Dense(F, **kw), nn.gelu, nn.Dense(D, **kw)]), data(dtype))
 
 
-@case(2, rules=lora(r"params/.*/kernel"), expect={"params/Dense_0/kernel": Dims((0,), (1,))})
+@case(2, rules=lora(r"params/.*/kernel"), expect={"params/layers_0/kernel": Dims((0,), (1,))})
 def module_apply_itself(dtype: Any) -> Made:
-    module = nn.Sequential([nn.Dense(F, name="Dense_0", param_dtype=dtype), nn.relu, nn.Dense(D, param_dtype=dtype)])
+    module = nn.Sequential([nn.Dense(F, param_dtype=dtype), nn.relu, nn.Dense(D, param_dtype=dtype)])
     return module.apply, fill(jax.eval_shape(module.init, jax.random.key(0), data(dtype))), (data(dtype),)
 
 
