@@ -1,16 +1,49 @@
-"""wip"""
-from jpeft.core import consume, structure, views  # noqa
-from jpeft.core.roles import inspect
-from jpeft.core.interpret import register_rule
+"""jpeft: parameter-efficient fine-tuning for JAX, as pure transforms of any model's apply function.
+
+Reading order: `core.method` (the protocol), `methods.lora` (a method), `core.ops` (what an adapted leaf is worth),
+`core.interpret` (the walk over a jaxpr), `core.views`, `core.consume`, `core.structure` (its rules), `core.transform`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jpeft.core.structure
+import jpeft.core.views
+from jpeft import optim
 from jpeft.core.consume import multiply
+from jpeft.core.explain import explain
+from jpeft.core.frozen import Frozen
+from jpeft.core.identity import fingerprint
+from jpeft.core.interpret import register_rule
 from jpeft.core.match import layers
 from jpeft.core.method import Call, Identity, Method
+from jpeft.core.partition import combine, mask, partition
 from jpeft.core.plan import Plan
 from jpeft.core.planning import plan
-from jpeft.core.store import save, load
-from jpeft.core.partition import mask, partition, combine
-from jpeft import optim
+from jpeft.core.roles import inspect
+from jpeft.core.site import Site
+from jpeft.core.store import load, save
 from jpeft.core.tokens import Tokens
 from jpeft.core.transform import adapt, base, init, merge, merge_error, penalty
-from jpeft.core.frozen import Frozen
-from jpeft.methods import *
+from jpeft.errors import NotMergeable
+from jpeft.methods import *  # noqa: F403
+from jpeft.methods import __all__ as _methods
+
+if TYPE_CHECKING:
+    from jpeft.interop.nnx import from_nnx
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "Call", "Frozen", "Identity", "Method", "NotMergeable", "Plan", "Site", "Tokens", "adapt", "base", "combine", "explain",
+    "fingerprint", "from_nnx", "init", "inspect", "layers", "load", "mask", "merge", "merge_error", "multiply", "optim",
+    "partition", "penalty", "plan", "register_rule", "save", *_methods,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "from_nnx":
+        from jpeft.interop.nnx import from_nnx
+        return from_nnx
+    raise AttributeError(f"module 'jpeft' has no attribute {name!r}")

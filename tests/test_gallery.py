@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from gallery import CASES, Case
 from gallery.audit import dense_weights
-from support import assert_close, is_float, randomise, x64
+from support import assert_close, is_float, quick_compile, randomise, x64
 
 import jpeft
 
@@ -55,7 +55,6 @@ def comparison(apply: Callable[..., Any], plan: Any, reverse: bool) -> Callable[
     """Return one jitted function: output and derivatives of the adapted and of the merged model, output of the base."""
     adapted = jpeft.adapt(apply, plan)
 
-    @jax.jit
     def compare(trainable: Any, frozen: Any, args: Any) -> Any:
         leaves, tree = jax.tree.flatten(args)
         floats = {i: leaf for i, leaf in enumerate(leaves) if is_float(leaf)}
@@ -67,7 +66,7 @@ def comparison(apply: Callable[..., Any], plan: Any, reverse: bool) -> Callable[
         oracle = measure(lambda t, x: apply(jpeft.merge(plan, t, frozen), *inputs(x)), reverse, trainable, floats)
         return ours, oracle, apply(jpeft.base(plan, frozen), *args)
 
-    return compare
+    return jax.jit(compare, compiler_options=quick_compile())
 
 
 @functools.cache

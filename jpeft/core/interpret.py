@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from jpeft.core import compat
+from jpeft.core import compat, ops
 from jpeft.core.factor import Unsupported
 from jpeft.core.leaf import Leaf, Pending
 from jpeft.errors import UnsupportedUse
@@ -27,6 +27,10 @@ TRANSPARENT = frozenset({"convert_element_type", "reshape", "transpose", "squeez
                          "pcast", "broadcast_in_dim", "reduce_precision", "reshard"})
 
 
+ELEMENTWISE = frozenset({"add", "sub", "mul", "div", "max", "min", "neg", "convert_element_type", "and", "or", "clamp",
+                         "shift_left", "shift_right_logical", "shift_right_arithmetic", "select_n", "round", "exp2"})
+
+
 class Recorder(Protocol):
     """What an analysis listens to; every method gets the leaf as it is at that point."""
 
@@ -35,7 +39,7 @@ class Recorder(Protocol):
 
     def other(self, leaf: Leaf, kind: str, where: str, problem: bool) -> None: ...
 
-    def bias(self, paths: Sequence[str], leaf: Leaf) -> None: ...
+    def bias(self, paths: Sequence[str], leaf: Leaf) -> bool: ...
 
     def rows(self, leaf: Leaf) -> None: ...
 
@@ -48,6 +52,7 @@ class Context:
         recorder: set in an analysis, where leaves are plain arrays that are only watched.
         allowed: paths whose adapted weight may be formed whole.
         embeddings: paths whose rows are looked up.
+        sited: paths whose adapter enters at the contraction only: elementwise operations on the way act on the base.
         biases: for each hooked leaf, the path of its bias.
         tokens: for an equation, by id, the shapes that its outputs have without the virtual tokens.
         uses: how often each leaf has been contracted, so that each use gets its own dropout mask.
@@ -59,6 +64,7 @@ class Context:
     recorder: Recorder | None = None
     allowed: frozenset[str] = frozenset()
     embeddings: frozenset[str] = frozenset()
+    sited: frozenset[str] = frozenset()
     biases: dict[str, str | None] = dataclasses.field(default_factory=dict)
     tokens: dict[int, tuple[tuple[int, ...], ...]] = dataclasses.field(default_factory=dict)
     uses: dict[tuple[str, ...], int] = dataclasses.field(default_factory=dict)
@@ -201,6 +207,10 @@ def _dispatch(ctx: Context, eqn: Any, values: list[Any], wanted: list[bool]) -> 
         values = [flush(v) for v in values]
         if not any(isinstance(v, Leaf) for v in values):
             return compat.rebind(eqn, values)
+    if name in ELEMENTWISE and ctx.sited:
+        passed = _pass_sited(ctx, eqn, values)
+        if passed is not None:
+            return passed
     if name in USER_RULES and any(isinstance(v, Leaf) and v.adapted for v in values):
         result = USER_RULES[name](*values, **eqn.params)
         if result is not NotImplemented:
@@ -216,6 +226,20 @@ def _dispatch(ctx: Context, eqn: Any, values: list[Any], wanted: list[bool]) -> 
     return compat.rebind(eqn, [ctx.whole(v, eqn, why) if isinstance(v, Leaf) else v for v in values])
 
 
+def _pass_sited(ctx: Context, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+    """Site semantics: an elementwise operation (dequantisation) acts on the base alone, the adapter waits."""
+    where = [i for i, v in enumerate(values) if isinstance(v, Leaf) and all(p in ctx.sited for p in v.paths)]
+    if len(where) != 1 or tuple(eqn.outvars[0].aval.shape) != values[where[0]].shape:
+        return None
+    leaf = values[where[0]]
+    values = [v if i == where[0] or not isinstance(v, Leaf) else ctx.whole(v, eqn) for i, v in enumerate(values)]
+
+    def act(base: Any) -> Any:
+        return compat.rebind(eqn, [base if i == where[0] else v for i, v in enumerate(values)])[0]
+
+    return [dataclasses.replace(leaf, op=ops.map_base(leaf.op, act), dtype=eqn.outvars[0].aval.dtype)]
+
+
 def flush(value: Any) -> Any:
     return value.flush() if isinstance(value, Pending) else value
 
@@ -226,11 +250,10 @@ def _pass_pending(ctx: Context, eqn: Any, values: list[Any]) -> Sequence[Any] | 
     where = [i for i, v in enumerate(values) if isinstance(v, Pending)]
     if name in ("add", "add_any") and len(values) == 2 and len(where) == 1:
         pending, other = values[where[0]], values[1 - where[0]]
-        if isinstance(other, Leaf) and not other.adapted and len(other.paths) == 1:
+        if isinstance(other, Leaf) and not other.adapted and other.lookup is None and len(other.paths) == 1:
             pair = [pending.y, other.op] if where[0] == 0 else [other.op, pending.y]
             if ctx.recorder is not None:
-                ctx.recorder.bias(pending.paths, other)
-                return compat.rebind(eqn, pair)
+                return compat.rebind(eqn, pair) if ctx.recorder.bias(pending.paths, other) else None
             if other.paths[0] == pending.bias:
                 y = compat.rebind(eqn, pair)[0]
                 return [dataclasses.replace(pending, y=y, bias=None, done=None).flush()]

@@ -113,6 +113,17 @@ def cast(e: Expr, dtype: Any) -> Expr:
     return dataclasses.replace(e, of=cast(e.of, dtype)) if hasattr(e, "of") else e
 
 
+def map_base(e: Expr, fn: Callable[[Any], Any]) -> Expr:
+    """Apply `fn` to the base array of an expression and leave what the methods added alone."""
+    if not isinstance(e, Op):
+        return fn(e)
+    if isinstance(e, Sum):
+        return Sum((map_base(e.parts[0], fn), *e.parts[1:]), e.shape)
+    if not hasattr(e, "of"):
+        raise Unsupported("an elementwise operation on an additive term alone")
+    return dataclasses.replace(e, of=map_base(e.of, fn))
+
+
 def materialise(e: Expr) -> jax.Array:
     """Form the whole array of an expression."""
     return e.dense() if isinstance(e, Op) else e

@@ -104,12 +104,14 @@ class Plan:
         sites: every leaf of the parameters.
         tokens: which arguments carry the token axis, for methods that add virtual tokens.
         materialise: paths whose adapted weight may be formed whole.
+        sited: paths with site semantics.
     """
 
     entries: tuple[Entry, ...]
     sites: tuple[Site, ...]
     tokens: Tokens | None = None
     materialise: tuple[str, ...] = ()
+    sited: tuple[str, ...] = ()
 
     @property
     def virtual_tokens(self) -> int:
@@ -135,7 +137,7 @@ class Plan:
         entries = [{"path": e.path, "method": encode(e.method), "layers": e.layers and list(e.layers), "start": e.start}
                    for e in self.entries]
         return {"entries": entries, "sites": sites, "tokens": self.tokens and self.tokens.to_json(),
-                "materialise": list(self.materialise)}
+                "materialise": list(self.materialise), "sited": list(self.sited)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
@@ -149,7 +151,8 @@ class Plan:
             entries = tuple(Entry(sites[e["path"]], decode(e["method"]), None if e["layers"] is None else tuple(e["layers"]),
                                   e["start"]) for e in data["entries"])
             tokens = None if data["tokens"] is None else Tokens.from_json(data["tokens"])
-            return cls(entries, tuple(sites.values()), tokens, tuple(data["materialise"]))
+            return cls(entries, tuple(sites.values()), tokens, tuple(data["materialise"]),
+                       tuple(data["sited"]))
         except (KeyError, TypeError) as error:
             raise PlanError(f"the plan's JSON is incomplete or of another version ({error!r}); write it with to_json") from error
 

@@ -6,15 +6,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-
 from jpeft.core.match import Pattern, find, resolve
 from jpeft.core.method import Method
 from jpeft.core.plan import Entry, Plan
-from jpeft.core.roles import analyse, as_matrix, unite
+from jpeft.core.roles import analyse, as_matrix, integer_leaves, unite
 from jpeft.core.site import Site
 from jpeft.core.tokens import Tokens
-from jpeft.core.trace import Apply, trace
+from jpeft.core.trace import Apply, leaves_of, trace
 from jpeft.core.transform import verify
 from jpeft.errors import PlanError
 
@@ -38,7 +36,8 @@ def _arrange_tokens(entries: list[Entry], tokens: Tokens | None) -> list[Entry]:
 
 def plan(apply: Apply, params: Any, example_args: Sequence[Any], rules: Mapping[Pattern, Method], *,
          example_kwargs: Mapping[str, Any] | None = None, uses: Sequence[tuple[Any, ...]] = (),
-         exclude: Sequence[Pattern] = (), tokens: Tokens | None = None, materialise: Sequence[Pattern] = ()) -> Plan:
+         exclude: Sequence[Pattern] = (), tokens: Tokens | None = None, materialise: Sequence[Pattern] = (),
+         site: Sequence[Pattern] = ()) -> Plan:
     """Decide which method rides on which leaf, and prove on an abstract trace that each can.
 
     Args:
@@ -54,6 +53,9 @@ def plan(apply: Apply, params: Any, example_args: Sequence[Any], rules: Mapping[
         exclude: patterns of leaves that no rule may take.
         tokens: which arguments and outputs carry the token axis, for methods that add virtual tokens.
         materialise: patterns of leaves whose adapted weight may be formed whole where no rule exists.
+        site: patterns of leaves with *site* semantics: the adapter is added at the contraction, and elementwise operations
+            on the way (a dequantisation) act on the base alone. Integer leaves always have it. All others have *value*
+            semantics: every use sees W + dW.
 
     Returns:
         An immutable, hashable `Plan`.
@@ -73,9 +75,13 @@ def plan(apply: Apply, params: Any, example_args: Sequence[Any], rules: Mapping[
     for use in uses:
         functions.append((use[0], tuple(use[1]), dict(use[2]) if len(use) > 2 else {}))
     sites: dict[str, Site] = {}
-    leaves = jax.tree_util.tree_leaves(params)
+    names, leaves, _ = leaves_of(params)
+    sited = integer_leaves(names, leaves)
+    if site:
+        blank = {n: Site(n, tuple(v.shape), str(v.dtype), "other") for n, v in zip(names, leaves, strict=True)}
+        sited += [p for pattern in site for p in find(pattern, blank, "site")]
     for fn, args, kwargs in functions:
-        found = analyse(trace(fn, params, args, kwargs), leaves)
+        found = analyse(trace(fn, params, args, kwargs), leaves, sited)
         sites = {p: unite(sites[p], s) if p in sites else s for p, s in found.items()}
     allowed = [p for pattern in materialise for p in find(pattern, sites, "materialise")]
     sites |= {p: as_matrix(sites[p]) for p in allowed}
@@ -84,7 +90,7 @@ def plan(apply: Apply, params: Any, example_args: Sequence[Any], rules: Mapping[
     for e in entries:
         if e.layers is not None:
             e.live()
-    result = Plan(tuple(entries), tuple(sites.values()), tokens, tuple(allowed))
+    result = Plan(tuple(entries), tuple(sites.values()), tokens, tuple(allowed), tuple(sited))
     for fn, args, kwargs in functions:
         verify(fn, result, params, args, kwargs)
     return result

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jpeft.core import compat
@@ -70,8 +72,11 @@ class _Watch:
             notes.rows[(look.key, "rows")] = look.rows
             notes.consumers[look.where] = None
 
-    def bias(self, paths: Sequence[str], leaf: Leaf) -> None:
+    def bias(self, paths: Sequence[str], leaf: Leaf) -> bool:
+        """Note a leaf that is added to an output; False for one that is more than a number per unit (position tables)."""
         bias, dims = leaf.origins[0].path, leaf.origins[0].dims
+        if math.prod(self.shapes[bias]) > sum(self._units(p) for p in paths):
+            return False
         for path in paths:
             if self.notes[path].bias is None:
                 self.notes[path].bias = bias
@@ -79,6 +84,12 @@ class _Watch:
         notes.others.setdefault("bias", set()).add("bias")
         if notes.vector is None:
             notes.vector = frozenset().union(*dims) if dims else frozenset()
+        return True
+
+    def _units(self, path: str) -> int:
+        """Outputs of a contracted leaf, copies included."""
+        ins = next(iter(self.notes[path].contracted.values()))[1]
+        return math.prod(n for d, n in enumerate(self.shapes[path]) if d not in ins)
 
 
 def _classify(notes: _Notes) -> Use:
@@ -114,13 +125,14 @@ def _site(path: str, leaf: Any, notes: _Notes) -> Site:
                 tuple(notes.consumers), problems)
 
 
-def analyse(traced: Traced, leaves: Sequence[Any]) -> dict[str, Site]:
-    """Walk one jaxpr and return a `Site` for each leaf, by path."""
+def analyse(traced: Traced, leaves: Sequence[Any], sited: Collection[str] = ()) -> dict[str, Site]:
+    """Walk one jaxpr and return a `Site` for each leaf, by path; `sited`: leaves with site semantics."""
+    whole = frozenset({*sited, *integer_leaves(traced.names, leaves)})
     watch = _Watch({n: tuple(v.shape) for n, v in zip(traced.names, leaves, strict=True)})
 
     def walk(params: Sequence[Any], arrays: Sequence[Any]) -> Any:
         tracked = [_track(n, v) for n, v in zip(traced.names, params, strict=True)]
-        outs = run(Context(recorder=watch), traced.jaxpr, traced.consts, (*tracked, *arrays))
+        outs = run(Context(recorder=watch, sited=whole), traced.jaxpr, traced.consts, (*tracked, *arrays))
         outs = [flush(v) for v in outs]
         for v in outs:
             if isinstance(v, Leaf) and v.lookup is not None:
@@ -130,6 +142,11 @@ def analyse(traced: Traced, leaves: Sequence[Any]) -> dict[str, Site]:
     structs = [jax.ShapeDtypeStruct(np.shape(v), v.dtype, sharding=_explicit(v)) for v in leaves]
     jax.eval_shape(walk, structs, traced.arrays)
     return {n: _site(n, v, watch.notes[n]) for n, v in zip(traced.names, leaves, strict=True)}
+
+
+def integer_leaves(names: Sequence[str], leaves: Sequence[Any]) -> list[str]:
+    """Leaves of integer codes: their adapters can only enter at the contraction, behind the dequantisation."""
+    return [n for n, v in zip(names, leaves, strict=True) if not compat.is_extended(v) and jnp.issubdtype(v.dtype, jnp.integer)]
 
 
 def _explicit(x: Any) -> Any:

@@ -143,7 +143,7 @@ def adapt(apply: Apply, plan: Plan) -> Callable[..., Any]:
         traced = trace(apply, frozen.base, args, kwargs)
         leaves = jax.tree_util.tree_leaves(frozen.base)
         plan.check_params(traced.names, leaves)
-        ctx = Context(allowed=frozenset(plan.materialise),
+        ctx = Context(allowed=frozenset(plan.materialise), sited=frozenset(plan.sited),
                       embeddings=frozenset(s.path for s in plan.sites if s.use in ("embedding", "tied")),
                       biases={e.path: e.site.bias for e in plan.entries if e.method.hooks})
         shapes: list[tuple[int, ...]] = []
@@ -217,6 +217,9 @@ def merge(plan: Plan, trainable: Trainable, frozen: Frozen, *, partial: bool = F
 
 
 def _merged(plan: Plan, entry: Entry, leaf: Any, trainable: Trainable, frozen: Frozen) -> jax.Array:
+    if entry.path in plan.sited:
+        raise NotMergeable(f"{entry.path!r} ({leaf.dtype}) has site semantics: its adapter is no part of the stored value; "
+                           "dequantise the base first, then merge")
     wide = jnp.asarray(leaf).astype(jnp.promote_types(jnp.float32, leaf.dtype))
     return entry.method.merge(entry.site, wide, _theta(plan, entry, trainable, frozen))
 

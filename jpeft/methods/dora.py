@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jpeft.core import compat, ops
@@ -25,8 +26,8 @@ class DoRA(LoRA):
     `W' = m * (W + s A B) / ||W + s A B||`, the norm over the inputs of each output (of an embedding: over the rows),
     held constant in the gradient as in the paper. m `[*stack, *out]` starts at `||W||`; A and B are those of `LoRA`.
 
-    No dense delta is formed: with `D = s A B`, `||W + D||^2 = ||W||^2 + 2 <W, D> + ||D||^2`, where `||W||^2` is frozen in
-    theta (`w_sq`), `<W, D>` needs `A^T W` once per call and `||D||^2` the Gram matrix `A^T A`.
+    No dense delta is formed: with `D = s A B`, `||W + D||^2 = ||W||^2 + 2 <W, D> + ||D||^2`, where `||W||^2` is frozen
+    in theta (`w_sq`), `<W, D>` needs `A^T W` once per call and `||D||^2` the Gram matrix `A^T A`.
 
     Args:
         rank: see `LoRA`.
@@ -36,14 +37,14 @@ class DoRA(LoRA):
         init_weights: see `LoRA`.
 
     Raises:
-        MethodConfigError: as of `LoRA`; or it is not the first of a `Chain`, whose earlier methods would change `||W||`.
+        MethodConfigError: as of `LoRA`; or it is not the first of a `Chain`: earlier methods would change `||W||`.
 
     Source: arXiv 2402.09353.
 
     Example:
         >>> import jax.numpy as jnp, jpeft
-        >>> plan = jpeft.plan(lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}, (jnp.ones((2, 8)),), {"w": jpeft.DoRA(rank=2)})
-        >>> plan.count()
+        >>> apply, params = (lambda p, x: x @ p["w"]), {"w": jnp.ones((8, 4))}
+        >>> jpeft.plan(apply, params, (jnp.ones((2, 8)),), {"w": jpeft.DoRA(rank=2)}).count()
         28
     """
 
@@ -54,8 +55,8 @@ class DoRA(LoRA):
 
     def build(self, site: Site, base: Any, theta: Theta, key: jax.Array | None) -> jax.Array | Op:
         if isinstance(base, Op):
-            raise MethodConfigError(f"DoRA on {site.path!r} comes after another method, but its norm is that of the frozen "
-                                    "weight; put it first in the Chain")
+            raise MethodConfigError(f"DoRA on {site.path!r} comes after another method, but its norm is that of the "
+                                    "frozen weight; put it first in the Chain")
         m = theta["m"]
         if "mask" in theta:
             live = theta["mask"][..., :1].reshape((*site.stack_shape, *(1,) * len(site.out_dims)))
@@ -93,7 +94,7 @@ class DoRA(LoRA):
         if mask is None:
             return {}
         some = mask[..., :1].reshape((*site.stack_shape, *(1,) * len(site.out_dims)))
-        return {**super().live(site), "m": some.repeat(1, 0) & jnp.ones(site.stack_shape + site.out_shape, bool)}
+        return {**super().live(site), "m": np.broadcast_to(some, (*site.stack_shape, *site.out_shape))}
 
     def axes(self, site: Site) -> dict[str, tuple[int | None, ...]]:
         outs = (*site.stack_dims, *site.out_dims)

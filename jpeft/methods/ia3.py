@@ -19,8 +19,8 @@ from jpeft.errors import MethodConfigError
 class IA3(Method):
     """Train one factor for each output (or input) of a frozen weight.
 
-    `W' = W * l`, l `[*stack, *out]` (`on="out"`: keys and values in the paper) or `[*stack, *in]` (`on="in"`: the second
-    projection of the feed-forward part), which multiplies the activations; it starts at one.
+    `W' = W * l`, l `[*stack, *out]` (`on="out"`: keys and values in the paper) or `[*stack, *in]` (`on="in"`: the
+    second projection of the feed-forward part), which multiplies the activations; it starts at one.
 
     Args:
         on: `out` or `in`; `in` rides on contraction weights only.
@@ -32,8 +32,8 @@ class IA3(Method):
 
     Example:
         >>> import jax.numpy as jnp, jpeft
-        >>> plan = jpeft.plan(lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}, (jnp.ones((2, 8)),), {"w": jpeft.IA3(on="in")})
-        >>> plan.count()
+        >>> apply, params = (lambda p, x: x @ p["w"]), {"w": jnp.ones((8, 4))}
+        >>> jpeft.plan(apply, params, (jnp.ones((2, 8)),), {"w": jpeft.IA3(on="in")}).count()
         8
     """
 

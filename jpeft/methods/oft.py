@@ -24,28 +24,28 @@ class OFT(Method):
     `[b, b]`, of which the entries above the diagonal are trained, row by row: q `[*stack, in / b, b (b - 1) / 2]`, from
     zero. R is made once per call, whatever the number of tokens.
 
-    With `neumann = k > 0` the inverse is its series, `R_i = (I + Q) (I + Q + .. + Q^(k-2))`, as in OFT v2: products only, and
-    orthogonal up to `|Q|^(k-1)`. With `neumann = 0` a linear system is solved and R is exactly orthogonal.
+    With `neumann = k > 0` the inverse is its series, `R_i = (I + Q) (I + Q + .. + Q^(k-2))`, as in OFT v2: products
+    only, and orthogonal up to `|Q|^(k-1)`. With `neumann = 0` a linear system is solved and R is exactly orthogonal.
 
     Args:
         block_size: b; it must divide the number of inputs.
-        blocks: the number of blocks, in place of `block_size`.
-        neumann: terms of the series (5, the default of Hugging Face PEFT, whose R without series is the transpose of
-            this one), or 0.
+        blocks: the number of blocks; it then replaces `block_size`.
+        neumann: terms of the series (5 is the default of Hugging Face PEFT, whose R without the series is the transpose
+            of this one), or 0.
 
     Raises:
-        MethodConfigError: a block size that does not divide the inputs, both sizes given, or `neumann` of 1 or below 0.
+        MethodConfigError: a block size that does not divide the inputs, or `neumann` of 1 or below 0.
 
     Source: arXiv 2306.07280; input-centric, with the series: 2506.19847.
 
     Example:
         >>> import jax.numpy as jnp, jpeft
-        >>> plan = jpeft.plan(lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}, (jnp.ones((2, 8)),), {"w": jpeft.OFT(block_size=4)})
-        >>> plan.count()
+        >>> apply, params = (lambda p, x: x @ p["w"]), {"w": jnp.ones((8, 4))}
+        >>> jpeft.plan(apply, params, (jnp.ones((2, 8)),), {"w": jpeft.OFT(block_size=4)}).count()
         12
     """
 
-    block_size: int | None = None
+    block_size: int = 32
     blocks: int | None = None
     neumann: int = 5
 
@@ -53,26 +53,23 @@ class OFT(Method):
     recommended_lr: ClassVar[float] = 1e-3
 
     def __post_init__(self) -> None:
-        if self.block_size is not None and self.blocks is not None:
-            raise MethodConfigError(f"OFT(block_size={self.block_size}, blocks={self.blocks}) says the size twice; give one")
         if self.neumann < 0 or self.neumann == 1:
-            raise MethodConfigError(f"OFT(neumann={self.neumann}) is no series; use 0 (solve exactly) or 2 and more terms")
+            raise MethodConfigError(f"OFT(neumann={self.neumann}) is no series; use 0 (solve exactly) or 2 and more")
 
     def _sizes(self, site: Site) -> tuple[int, int]:
         """Number and size of the blocks."""
-        n = site.in_size
         if self.blocks is not None:
-            return self.blocks, n // max(self.blocks, 1)
-        b = 32 if self.block_size is None else self.block_size
-        return n // max(b, 1), b
+            return self.blocks, site.in_size // max(self.blocks, 1)
+        return site.in_size // max(self.block_size, 1), self.block_size
 
     def check(self, site: Site) -> None:
         n, (count, b) = site.in_size, self._sizes(site)
         if count < 1 or b < 2 or count * b != n:
             fit = [d for d in range(2, n + 1) if n % d == 0]
             near = sorted(sorted(fit, key=lambda d: abs(d - b))[:5])
-            raise MethodConfigError(f"OFT({'blocks' if self.blocks else 'block_size'}={self.blocks or b}) does not divide the {n} "
-                                    f"inputs of {site.path!r}; use a block_size such as {', '.join(map(str, near))}")
+            given = f"block_size={b}" if self.blocks is None else f"blocks={self.blocks}"
+            raise MethodConfigError(f"OFT({given}) does not cut the {n} inputs of {site.path!r} into equal blocks of 2 "
+                                    f"or more; use a block_size such as {', '.join(map(str, near))}")
 
     def init(self, key: jax.Array, site: Site, base: jax.Array) -> tuple[Theta, Theta]:
         count, b = self._sizes(site)
@@ -86,8 +83,10 @@ class OFT(Method):
         eye = jnp.eye(b, dtype=q.dtype)
         if self.neumann == 0:
             return jnp.linalg.solve(eye - skew, eye + skew)
-        series = eye
-        for _ in range(self.neumann - 2):
+        if self.neumann == 2:
+            return eye + skew
+        series = eye + skew
+        for _ in range(self.neumann - 3):
             series = eye + _times(skew, series)
         return series + _times(skew, series)
 

@@ -19,9 +19,10 @@ ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "swish": jax.nn.swish, 
 class Pfeiffer(Method):
     """Train a small residual network on the output of a projection, usually the last of the feed-forward part.
 
-    `y' = y + act(y D + b_D) U + b_U`, y being the output after the projection's own bias: D (`down`) `[*stack, out, h]`,
-    `b_down` `[*stack, h]`, U (`up`) `[*stack, h, out]`, `b_up` `[*stack, out]`. D starts normal with deviation 0.02 and the
-    rest at zero, so that training starts from the base. It acts on activations and cannot be merged.
+    `y' = y + act(y D + b_D) U + b_U`, y being the output after the projection's own bias: D (`down`)
+    `[*stack, out, h]`, `b_down` `[*stack, h]`, U (`up`) `[*stack, h, out]`, `b_up` `[*stack, out]`. D starts normal
+    with deviation 0.02 and the rest at zero, so that training starts from the base. It acts on activations and cannot
+    be merged.
 
     Args:
         reduction_factor: `h = out / reduction_factor`, rounded down, at least 1.
@@ -53,8 +54,8 @@ class Pfeiffer(Method):
             raise MethodConfigError(f"Pfeiffer(activation={self.activation!r}) is unknown; "
                                     f"use one of {', '.join(ACTIVATIONS)}")
         if self.reduction_factor <= 0 or (self.bottleneck is not None and self.bottleneck < 1):
-            raise MethodConfigError(f"Pfeiffer(reduction_factor={self.reduction_factor}, bottleneck={self.bottleneck}) has "
-                                    "no units; both must be positive")
+            raise MethodConfigError(f"Pfeiffer(reduction_factor={self.reduction_factor}, bottleneck={self.bottleneck}) "
+                                    "has no units; both must be positive")
 
     def width(self, site: Site) -> int:
         """The number of hidden units h."""

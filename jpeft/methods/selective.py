@@ -40,8 +40,7 @@ class _Delta(_Whole):
         return {"d": jnp.zeros(site.shape, site.theta_dtype)}, {}
 
     def build(self, site: Site, base: Any, theta: Theta, key: jax.Array | None) -> jax.Array:
-        wide = jnp.promote_types(base.dtype, theta["d"].dtype)
-        return (base.astype(wide) + theta["d"].astype(wide)).astype(base.dtype)
+        return (base.astype(theta["d"].dtype) + theta["d"]).astype(base.dtype)
 
     def neutral(self, site: Site, theta: Theta) -> Theta:
         return {"d": jnp.zeros_like(theta["d"])}
@@ -51,8 +50,8 @@ class _Delta(_Whole):
 class BitFit(_Delta):
     """Train the biases.
 
-    `b' = b + d`, d of the bias's shape, from zero. The usual rule is `{"bias": jpeft.BitFit()}`: every bias of the model,
-    those of norms included, as in the paper. A model whose projections have no bias offers nothing to train.
+    `b' = b + d`, d of the bias's shape, from zero. The usual rule is `{"bias": jpeft.BitFit()}`: every bias of the
+    model, those of norms included, as in the paper. A model whose projections have no bias offers nothing to train.
 
     Source: arXiv 2106.10199.
 
@@ -72,8 +71,8 @@ class BitFit(_Delta):
 class LayerNormTuning(_Delta):
     """Train the scales and biases of the norms.
 
-    `g' = g + d` and `b' = b + d`, d of the leaf's shape, from zero. The usual rule is `{"norm": jpeft.LayerNormTuning()}`:
-    every scale, and every bias that lies beside one.
+    `g' = g + d` and `b' = b + d`, d of the leaf's shape, from zero. The usual rule is
+    `{"norm": jpeft.LayerNormTuning()}`: every scale, and every bias that lies beside one.
 
     Source: arXiv 2312.11420.
 

@@ -46,12 +46,12 @@ def overwrite(y: jax.Array, p: jax.Array, row: int, column: int = 0) -> jax.Arra
 class PromptTuning(_Virtual):
     """Train the embeddings of virtual tokens that stand before the real ones.
 
-    `E([v_1 .. v_V, x]) = [P; E(x)]`, P (`p`) `[V, *out]`. The batch is padded on the left through `jpeft.Tokens`, and the
-    outputs of the virtual tokens are stripped again; of a tied embedding, the output head is left alone.
+    `E([v_1 .. v_V, x]) = [P; E(x)]`, P (`p`) `[V, *out]`. The batch is padded on the left through `jpeft.Tokens`, and
+    the outputs of the virtual tokens are stripped again; of a tied embedding, the output head is left alone.
 
     Args:
         length: V, the number of virtual tokens.
-        init_weights: `random` (normal, deviation 0.02) or `vocabulary` (V different rows of the embedding, drawn at random).
+        init_weights: `random` (normal, deviation 0.02) or `vocabulary` (V different random rows of the embedding).
 
     Raises:
         MethodConfigError: length below 1, more rows wanted than the vocabulary has, or an unknown init.
@@ -62,8 +62,8 @@ class PromptTuning(_Virtual):
         >>> import jax.numpy as jnp, jpeft
         >>> apply = lambda p, ids: p["embed"][ids]
         >>> params, ids = {"embed": jnp.ones((20, 4))}, jnp.zeros((2, 6), int)
-        >>> plan = jpeft.plan(apply, params, (ids,), {"embed": jpeft.PromptTuning(length=3)}, tokens=jpeft.Tokens(ids=0))
-        >>> plan.count()
+        >>> rules = {"embed": jpeft.PromptTuning(length=3)}
+        >>> jpeft.plan(apply, params, (ids,), rules, tokens=jpeft.Tokens(ids=0)).count()
         12
     """
 
@@ -78,8 +78,8 @@ class PromptTuning(_Virtual):
 
     def check(self, site: Site) -> None:
         if self.init_weights == "vocabulary" and self.length > site.in_size:
-            raise MethodConfigError(f"PromptTuning(length={self.length}) cannot draw as many rows from {site.path!r} of "
-                                    f"{site.in_size}; use init_weights='random'")
+            raise MethodConfigError(f"PromptTuning(length={self.length}) cannot draw as many rows from {site.path!r} "
+                                    f"of {site.in_size}; use init_weights='random'")
 
     def init(self, key: jax.Array, site: Site, base: jax.Array) -> tuple[Theta, Theta]:
         shape, dtype = (self.length, *site.out_shape), site.theta_dtype
@@ -101,12 +101,12 @@ class PromptTuning(_Virtual):
 class PrefixTuning(_Virtual):
     """Train keys and values of virtual tokens that every layer attends to.
 
-    `K' = [P_K; K]` and `V' = [P_V; V]`: put it on the kernels of the key and of the value projection in every layer. The
-    batch is padded on the left through `jpeft.Tokens`, the first V rows of each projection's output (after its bias) are
-    replaced by P (`p`) `[*stack, V, *out]`, and the outputs of the virtual tokens are stripped: for the real tokens, in
-    causal and in bidirectional attention, this equals attention to a prefix. What the model does to keys after the
-    projection (rotary embedding, norm) it does to the prefix as well. It cannot be limited to some layers: the others
-    would attend to the padding.
+    `K' = [P_K; K]` and `V' = [P_V; V]`: put it on the kernels of the key and of the value projection in every layer.
+    The batch is padded on the left through `jpeft.Tokens`, the first V rows of each projection's output (after its
+    bias) are replaced by P (`p`) `[*stack, V, *out]`, and the outputs of the virtual tokens are stripped: for the real
+    tokens, in causal and in bidirectional attention, this equals attention to a prefix. What the model does to keys
+    after the projection (rotary embedding, norm) it does to the prefix as well. It cannot be limited to some layers:
+    the others would attend to the padding.
 
     Args:
         length: V, the number of virtual tokens.
@@ -139,15 +139,16 @@ class PrefixTuning(_Virtual):
 
     def check(self, site: Site) -> None:
         if self.channels is not None and not 0 <= self.channels[0] < self.channels[1] <= site.out_size:
-            raise MethodConfigError(f"PrefixTuning(channels={self.channels}) lie outside the {site.out_size} outputs of "
-                                    f"{site.path!r}; give (start, stop) with 0 <= start < stop <= {site.out_size}")
+            raise MethodConfigError(f"PrefixTuning(channels={self.channels}) lie outside the {site.out_size} outputs "
+                                    f"of {site.path!r}; give (start, stop), 0 <= start < stop <= {site.out_size}")
 
     def _shape(self, site: Site) -> tuple[int, ...]:
         return site.out_shape if self.channels is None else (self.channels[1] - self.channels[0],)
 
     def init(self, key: jax.Array, site: Site, base: jax.Array) -> tuple[Theta, Theta]:
         shape, dtype = (*site.stack_shape, self.length, *self._shape(site)), site.theta_dtype
-        return {"p": jnp.zeros(shape, dtype) if self.init_weights == "zero" else 0.02 * jax.random.normal(key, shape, dtype)}, {}
+        zero = self.init_weights == "zero"
+        return {"p": jnp.zeros(shape, dtype) if zero else 0.02 * jax.random.normal(key, shape, dtype)}, {}
 
     def hook(self, site: Site, theta: Theta, y: jax.Array, start: int) -> jax.Array:
         p = jnp.reshape(theta["p"], (self.length, math.prod(self._shape(site))))

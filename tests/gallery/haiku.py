@@ -25,7 +25,7 @@ def mlp(dtype: Any) -> Made:
     return made(lambda x: hk.nets.MLP([F, D], activation=jax.nn.gelu)(x), data(dtype))
 
 
-@case(4, rules=WEIGHTS, dtypes=BOTH)
+@case(4, rules=WEIGHTS)
 def attention(dtype: Any) -> Made:
     def forward(x: jax.Array) -> jax.Array:
         init = hk.initializers.VarianceScaling(1.0)

@@ -13,9 +13,9 @@ from gallery.case import BOTH, B, D, Dims, F, Made, T, V, data, fill, lora, tabl
 
 CASES, case = table("linen")
 KERNELS = lora(".*/kernel")
-# A merged weight is rounded to bfloat16 once (2**-9 of it), the low-rank path rounds x, A, B and both products: about
-# ten roundings of 2**-9 each through two layers.
-BF16 = {"dtypes": ("float32",), "tol": 10 * 2.0**-9}
+# Rounding to bfloat16 is exact to 2**-8. Both sides round every product, merged weights once more, the low-rank path A,
+# B and its two products: about ten roundings through the layers, forward and back.
+BF16 = {"dtypes": ("float32",), "tol": 10 * 2.0**-8}
 
 
 def made(module: nn.Module, *args: Any) -> Made:
@@ -93,7 +93,7 @@ def dense_general_batch_dims(dtype: Any) -> Made:
     return made(nn.DenseGeneral(F, batch_dims=(0,), param_dtype=dtype), data(dtype))
 
 
-@case(1, rules=lora("kernel"), expect={"kernel": Dims((0,), (1, 2))}, dtypes=BOTH)
+@case(1, rules=lora("kernel"), expect={"kernel": Dims((0,), (1, 2))})
 def einsum(dtype: Any) -> Made:
     return made(nn.Einsum((D, 3, 4), "btd,dnh->btnh", param_dtype=dtype), data(dtype))
 
@@ -117,7 +117,6 @@ def conv_1d(dtype: Any) -> Made:
     3,
     rules=KERNELS,
     expect={"layers_0/kernel": Dims((0, 1, 2), (3,), (), "conv"), "layers_2/kernel": CONV},
-    dtypes=BOTH,
 )
 def conv_2d(dtype: Any) -> Made:
     kw = {"param_dtype": dtype}
@@ -182,7 +181,7 @@ class Attention(nn.Module):
 HEADS = {"attn/query/kernel": Dims((0,), (1, 2)), "attn/out/kernel": Dims((0, 1), (2,))}
 
 
-@case(4, rules=KERNELS, expect=HEADS, dtypes=BOTH)
+@case(4, rules=KERNELS, expect=HEADS)
 def attention(dtype: Any) -> Made:
     return made(Attention(dtype), data(dtype))
 
@@ -203,12 +202,12 @@ LAYERS = {"layers/up/kernel": Dims((1,), (2,), (0,))}
 LAYERS_1 = {"layers/up/kernel": Dims((0,), (2,), (1,)), "layers/down/kernel": Dims((0,), (2,), (1,))}
 
 
-@case(2, expect=LAYERS, dtypes=BOTH)
+@case(2, expect=LAYERS)
 def scan(dtype: Any) -> Made:
     return made(Stack(dtype, scan_axis=0), data(dtype))
 
 
-@case(2, expect=LAYERS_1, dtypes=BOTH)
+@case(2, expect=LAYERS_1)
 def scan_axis_1(dtype: Any) -> Made:
     return made(Stack(dtype, scan_axis=1), data(dtype))
 

@@ -39,7 +39,7 @@ def scan_over_indices(dtype: Any) -> Made:
     return apply, stacked(dtype), (data(dtype),)
 
 
-@case(1, expect=STACK, dtypes=BOTH)
+@case(1, expect=STACK)
 def fori_dynamic_index(dtype: Any) -> Made:
     def apply(p: Any, x: jax.Array) -> jax.Array:
         def body(i: jax.Array, h: jax.Array) -> jax.Array:

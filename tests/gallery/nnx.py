@@ -60,7 +60,7 @@ class General(nnx.Module):
 GENERAL = {"split/kernel": Dims((0,), (1, 2)), "mix/kernel": Dims((1,), (2,), (0,)), "join/kernel": Dims((0, 1), (2,))}
 
 
-@case(3, rules=KERNELS, expect=GENERAL, dtypes=BOTH)
+@case(3, rules=KERNELS, expect=GENERAL)
 def general_and_einsum(dtype: Any) -> Made:
     return made(lambda rngs: General(dtype, rngs), data(dtype))
 
@@ -151,12 +151,12 @@ class Deep(nnx.Module):
 LAYERS = {"layers/up/kernel": Dims((1,), (2,), (0,))}
 
 
-@case(2, rules=KERNELS, expect=LAYERS, dtypes=BOTH)
+@case(2, rules=KERNELS, expect=LAYERS)
 def vmapped_and_scanned(dtype: Any) -> Made:
     return made(lambda rngs: Deep(dtype, rngs), data(dtype))
 
 
-@case(2, expect=LAYERS, dtypes=BOTH)
+@case(2, expect=LAYERS)
 def scanned_remat(dtype: Any) -> Made:
     return made(lambda rngs: Deep(dtype, rngs, remat=True), data(dtype))
 
@@ -171,7 +171,7 @@ class Remat(nnx.Module):
         return x
 
 
-@case(4, rules=KERNELS, expect={"layers/1/down/kernel": Dims((0,), (1,))}, dtypes=BOTH)
+@case(4, rules=KERNELS, expect={"layers/1/down/kernel": Dims((0,), (1,))})
 def remat(dtype: Any) -> Made:
     return made(lambda rngs: Remat(dtype, rngs), data(dtype))
 

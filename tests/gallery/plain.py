@@ -31,7 +31,7 @@ def qkv_fused(dtype: Any) -> Made:
     return apply, weights(dtype, qkv=(D, 3 * D), o=(D, D)), (data(dtype),)
 
 
-@case(2, expect={"qkv": IN_OUT}, dtypes=BOTH)
+@case(2, expect={"qkv": IN_OUT})
 def qkv_weight_split(dtype: Any) -> Made:
     def apply(p: Any, x: jax.Array) -> jax.Array:
         return attention(*(x @ w for w in jnp.split(p["qkv"], 3, axis=1))) @ p["o"]
@@ -48,7 +48,7 @@ def qkv_concatenated(dtype: Any) -> Made:
     return apply, weights(dtype, q=(D, D), k=(D, D), v=(D, F)), (data(dtype),)
 
 
-@case(2, rules=lora("q|v"), dtypes=BOTH)
+@case(2, rules=lora("q|v"))
 def qkv_concatenated_two_of_three(dtype: Any) -> Made:
     return qkv_concatenated(dtype)
 
@@ -100,7 +100,7 @@ def expanded_and_squeezed(dtype: Any) -> Made:
     return apply, weights(dtype, w=(D, F)), (data(dtype),)
 
 
-@case(1, expect={"w": IN_OUT}, dtypes=BOTH)
+@case(1, expect={"w": IN_OUT})
 def scaled(dtype: Any) -> Made:
     def apply(p: Any, x: jax.Array) -> jax.Array:
         return x @ (p["w"] * 0.5) + x @ (p["w"] / np.sqrt(D)) - x @ -p["w"]
@@ -135,7 +135,7 @@ def dynamic_sliced(dtype: Any) -> Made:
     return apply, weights(dtype, w=(D, F)), (data(dtype), jnp.asarray(2, jnp.int32))
 
 
-@case(1, expect={"w": IN_OUT})
+@case(1, rules=lora("w"))
 def gathered_columns(dtype: Any) -> Made:
     def apply(p: Any, x: jax.Array) -> jax.Array:
         return x @ p["w"][:, jnp.array([3, 0, 5, 0])]
@@ -152,12 +152,12 @@ def padded_reversed_joined(dtype: Any) -> Made:
     return apply, weights(dtype, w=(D, F), v=(5, F + 5)), (data(dtype),)
 
 
-@case(1, expect={"w": IN_OUT}, dtypes=BOTH)
+@case(1, expect={"w": IN_OUT})
 def used_twice(dtype: Any) -> Made:
     return lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"], weights(dtype, w=(D, D)), (data(dtype),)
 
 
-@case(1, dtypes=BOTH)
+@case(1)
 def tied_transposed(dtype: Any) -> Made:
     return lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T, weights(dtype, w=(D, F)), (data(dtype),)
 
@@ -281,9 +281,9 @@ def barriers_names_stops(dtype: Any) -> Made:
     return apply, weights(dtype, w=(D, F), v=(F, D), u=(D, D)), (data(dtype),)
 
 
-@case(2, expect={"w": IN_OUT}, dtypes=("float32",), tol=10 * 2.0**-9)
+@case(2, expect={"w": IN_OUT}, dtypes=("float32",), tol=10 * 2.0**-8)
 def cast_to_bf16(dtype: Any) -> Made:
-    """The bound: ten roundings to bfloat16 (2**-9 each)."""
+    """The bound: ten roundings to bfloat16, 2**-8 each."""
 
     def apply(p: Any, x: jax.Array) -> jax.Array:
         low = {k: w.astype(jnp.bfloat16) for k, w in p.items()}

@@ -65,7 +65,7 @@ def data_parallel(dtype: Any) -> Made:
     return apply, mlp_weights(dtype), (data(dtype, 4, T, D),)
 
 
-@case(2, expect=IN_OUT, dtypes=BOTH)
+@case(2, expect=IN_OUT)
 def fully_sharded_gather(dtype: Any) -> Made:
     """Weights sharded over the data axis, gathered before use (one along inputs, one along outputs)."""
 
@@ -122,7 +122,7 @@ def explicit_mesh() -> Any:
     return jax.set_mesh(mesh(AxisType.Explicit))
 
 
-@case(2, expect=IN_OUT, context=explicit_mesh, dtypes=BOTH)
+@case(2, expect=IN_OUT, context=explicit_mesh)
 def explicit_column_row(dtype: Any) -> Made:
     def apply(p: Any, x: jax.Array) -> jax.Array:
         h = jax.nn.gelu(x @ p["up"])

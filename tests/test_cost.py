@@ -1,0 +1,89 @@
+"""What the compiler made of it: FLOPs of a LoRA step, bytes of its optimiser state, traces over many steps."""
+
+from __future__ import annotations
+
+import flops
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+import transformer as T
+
+import jpeft
+
+LAYERS, D, F, B, LEN, RANK = 3, 64, 256, 2, 32, 4
+
+
+def _setup(scanned: bool, remat: bool):
+    params = T.init(jax.random.key(0), LAYERS, D, F, scanned)
+    x = jax.random.normal(jax.random.key(1), (B, LEN, D))
+
+    def apply(p, x):
+        return T.apply(p, x, 4, remat)
+
+    plan = jpeft.plan(apply, params, (x,), {"all-linear": jpeft.LoRA(rank=RANK, alpha=8)})
+    return apply, params, x, plan
+
+
+@pytest.mark.parametrize("remat", [False, True], ids=["plain", "remat"])
+@pytest.mark.parametrize("scanned", [False, True], ids=["unrolled", "scanned"])
+def test_flops_of_a_lora_step_are_at_the_floor(scanned, remat):
+    apply, params, x, plan = _setup(scanned, remat)
+    trainable, frozen = jpeft.init(plan, params, jax.random.key(2))
+    adapted = jpeft.adapt(apply, plan)
+
+    def materialised(t, frozen, x):
+        return apply(jpeft.merge(plan, t, frozen), x)
+
+    floor = flops.count(jax.jit(jax.value_and_grad(lambda x, p: T.loss(apply(p, x)))), x, params).total
+    lora = flops.count(jax.jit(jax.value_and_grad(lambda t, f, x: T.loss(adapted(t, f, x)))), trainable, frozen, x).total
+    dense = flops.count(jax.jit(jax.value_and_grad(lambda t, f, x: T.loss(materialised(t, f, x)))), trainable, frozen, x).total
+    full = flops.count(jax.jit(jax.value_and_grad(lambda p, x: T.loss(apply(p, x)))), params, x).total
+    own = jpeft.explain(plan).flops * (4 if remat else 3)
+    assert lora <= 1.02 * (floor + own), (lora, floor, own)
+    assert dense > 1.2 * lora and full > 1.15 * lora
+    print(f"\nscanned={scanned} remat={remat}: floor {floor:,}, LoRA {lora / floor:.3f} (of it own products "
+          f"{own / floor:.3f}), materialised {dense / floor:.3f}, full fine-tuning {full / floor:.3f}")
+
+
+def test_merged_model_costs_what_the_base_costs():
+    apply, params, x, plan = _setup(True, False)
+    trainable, frozen = jpeft.init(plan, params, jax.random.key(2))
+    merged = jpeft.merge(plan, trainable, frozen)
+    assert flops.count(jax.jit(apply), merged, x) == flops.count(jax.jit(apply), params, x)
+
+
+def test_adam_holds_two_slots_for_the_trainable_alone():
+    _, params, _, plan = _setup(True, False)
+    trainable, _ = jpeft.init(plan, params, jax.random.key(2))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(trainable))
+    state = sum(leaf.nbytes for leaf in jax.tree.leaves(optax.adam(1e-3).init(trainable)))
+    assert size == plan.count() * 4
+    assert 2 * size <= state <= 2 * size + 64
+
+
+def test_one_trace_serves_a_hundred_steps_another_adapter_and_another_alpha():
+    apply, params, x, plan = _setup(True, True)
+    traces = []
+    adapted = jpeft.adapt(apply, plan)
+    tx = optax.adam(1e-3)
+
+    @jax.jit
+    def step(trainable, state, frozen, x):
+        traces.append(1)
+        value, grads = jax.value_and_grad(lambda t: T.loss(adapted(t, frozen, x)))(trainable)
+        updates, state = tx.update(grads, state, trainable)
+        return optax.apply_updates(trainable, updates), state, value
+
+    trainable, frozen = jpeft.init(plan, params, jax.random.key(2))
+    state = tx.init(trainable)
+    for _ in range(100):
+        trainable, state, value = step(trainable, state, frozen, x)
+    other, same = jpeft.init(plan, params, jax.random.key(3))
+    step(other, tx.init(other), same, x)
+    louder = jpeft.plan(apply, params, (x,), {"all-linear": jpeft.LoRA(rank=RANK, alpha=32)})
+    third, loud = jpeft.init(louder, params, jax.random.key(3))
+    step(third, tx.init(third), loud, x)
+    assert len(traces) == 1
+    assert jnp.isfinite(value)
+    assert float(loud.theta["layers/q"]["scale"]) == 8.0
