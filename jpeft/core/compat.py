@@ -132,7 +132,9 @@ def shard_map(f: Callable[..., Any], eqn: Any, in_specs: Any, out_specs: Any) ->
 
 def varying_axes(x: Any) -> tuple[str, ...]:
     """Manual mesh axes over which `x` differs between shards."""
-    return tuple(sorted(getattr(jax.typeof(x), "vma", ()) or ()))
+    aval = jax.typeof(x)
+    kind = getattr(aval, "manual_axis_type", None)
+    return tuple(sorted(getattr(kind, "varying", None) or getattr(aval, "vma", None) or ()))
 
 
 def pvary(x: Any, axes: Sequence[str]) -> Any:

@@ -1,0 +1,22 @@
+"""The README's Python runs as it stands, block after block, in one namespace."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+def test_python_blocks_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("flax", reason="needs flax, which the README's examples use")
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+    assert len(blocks) >= 5
+    names: dict[str, object] = {}
+    first, linen, nnx, equinox, save = blocks
+    for block in (first, save, linen, nnx, equinox):
+        exec(compile(block, "README.md", "exec"), names)
+    assert "trainable 680 of" in capsys.readouterr().out
