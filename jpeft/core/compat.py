@@ -101,14 +101,14 @@ def _spec(x: Any) -> tuple[Any, PartitionSpec | None]:
 
 def contraction_sharding(a: Any, b: Any, numbers: Any) -> NamedSharding | None:
     """The out_sharding that a product over sharded dims needs in explicit mode: both free specs, no axis used twice."""
-    mesh, sa = _spec(a)
-    other, sb = _spec(b)
+    mesh, spec_a = _spec(a)
+    other, spec_b = _spec(b)
     mesh = mesh if mesh is not None else other
     if mesh is None:
         return None
     (ca, cb), (ba, bb) = numbers
-    sa = (*(sa or ()), *(None,) * (a.ndim - len(sa or ())))
-    sb = (*(sb or ()), *(None,) * (b.ndim - len(sb or ())))
+    sa: tuple[Any, ...] = (*(spec_a or ()), *(None,) * (a.ndim - len(spec_a or ())))
+    sb: tuple[Any, ...] = (*(spec_b or ()), *(None,) * (b.ndim - len(spec_b or ())))
     if not any(sa[i] is not None for i in ca) and not any(sb[i] is not None for i in cb):
         return None
     wanted = [sa[i] if sa[i] is not None else sb[j] for i, j in zip(ba, bb, strict=True)]
@@ -146,7 +146,7 @@ def pvary(x: Any, axes: Sequence[str]) -> Any:
 def match_sharding(x: Any, like: Any) -> Any:
     """In explicit mode, bring `x` to the sharding of `like`; elsewhere return it."""
     mesh, spec = _spec(like)
-    if mesh is None or _spec(x)[1] == spec:
+    if mesh is None or spec is None or _spec(x)[1] == spec:
         return x
     return jax.sharding.reshard(x, NamedSharding(mesh, spec))
 

@@ -81,10 +81,8 @@ def pair(a: jax.Array, al: Letters, b: jax.Array, bl: Letters, keep: Sequence[in
     b_free = tuple(c for c in bl if c not in al)
     result = (*batch, *a_free, *b_free)
     if not con:
-        sizes = dict(zip((*al, *bl), (*a.shape, *b.shape), strict=True))
         wide = [jnp.expand_dims(_reorder(t, tl, tuple(c for c in result if c in tl)),
                                 tuple(i for i, c in enumerate(result) if c not in tl)) for t, tl in ((a, al), (b, bl))]
-        del sizes
         return wide[0] * wide[1], result
     if not batch and len(a_free) > 1 and compat.single_cpu_device():
         sizes = [a.shape[al.index(c)] for c in a_free]

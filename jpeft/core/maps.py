@@ -27,7 +27,7 @@ LinearFn = Callable[[Arrays, jax.Array], jax.Array]
 
 def follow(axes: tuple[int, ...], old: Shape, new: Shape) -> tuple[int, ...]:
     """Where the dims `axes`, in their order, are after a reshape that keeps them together."""
-    moved: list[int] = []
+    moved: list[tuple[int, int]] = []
     for a, b in reshape_groups(old, new):
         mine = [d for d in a if d in axes]
         if not mine:

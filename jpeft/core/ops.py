@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -25,19 +25,26 @@ from jpeft.core.factor import AlongFn, Factor, Unsupported, factor
 
 MapFn = Callable[[Any, tuple[int | None, ...]], Any]
 Shape = tuple[int, ...]
+T = TypeVar("T")
 
 
-def node(*data: str, meta: Sequence[str] = ("shape",)) -> Any:
-    def wrap(cls: type) -> type:
-        return jax.tree_util.register_dataclass(
-            dataclasses.dataclass(frozen=True)(cls), data_fields=list(data), meta_fields=list(meta))
+@dataclass_transform(frozen_default=True)
+def node(*data: str, meta: Sequence[str] = ("shape",)) -> Callable[[type[T]], type[T]]:
+    """Make a class an expression: a frozen dataclass and a pytree of its `data` fields."""
+    def wrap(cls: type[T]) -> type[T]:
+        made = dataclasses.dataclass(frozen=True)(cls)
+        return jax.tree_util.register_dataclass(made, data_fields=list(data), meta_fields=list(meta))
+
     return wrap
 
 
+@dataclasses.dataclass(frozen=True)
 class Op:
-    """Base class of the expressions; `shape` is the shape of the leaf's present view."""
+    """Base class of the expressions; a subclass has a field `shape`, the shape of the leaf's present view."""
 
-    shape: Shape
+    if TYPE_CHECKING:
+        @property
+        def shape(self) -> Shape: ...
 
     @property
     def ndim(self) -> int:
@@ -110,7 +117,7 @@ def cast(e: Expr, dtype: Any) -> Expr:
         return e.astype(dtype)
     if isinstance(e, Sum):
         return Sum((cast(e.parts[0], dtype), *(p if isinstance(p, Op) else p.astype(dtype) for p in e.parts[1:])), e.shape)
-    return dataclasses.replace(e, of=cast(e.of, dtype)) if hasattr(e, "of") else e
+    return _inside(e, lambda of: cast(of, dtype)) if hasattr(e, "of") else e
 
 
 def map_base(e: Expr, fn: Callable[[Any], Any]) -> Expr:
@@ -121,7 +128,11 @@ def map_base(e: Expr, fn: Callable[[Any], Any]) -> Expr:
         return Sum((map_base(e.parts[0], fn), *e.parts[1:]), e.shape)
     if not hasattr(e, "of"):
         raise Unsupported("an elementwise operation on an additive term alone")
-    return dataclasses.replace(e, of=map_base(e.of, fn))
+    return _inside(e, lambda of: map_base(of, fn))
+
+
+def _inside(e: Any, fn: Callable[[Expr], Expr]) -> Expr:
+    return dataclasses.replace(e, of=fn(e.of))
 
 
 def materialise(e: Expr) -> jax.Array:

@@ -57,6 +57,7 @@ class Entry:
         result = dict(theta)
         for letter, value in neutral.items():
             mask = self.layer_mask(letter, theta[letter].ndim)
+            assert mask is not None
             result[letter] = jax.numpy.where(mask, theta[letter], value.astype(theta[letter].dtype))
         return result
 

@@ -113,7 +113,9 @@ def _site(path: str, leaf: Any, notes: _Notes) -> Site:
     shape = tuple(leaf.shape)
     dtype = str(leaf.dtype)
     kind = {"tied": "embedding", "embedding": "embedding", "linear": "linear", "conv": "conv"}.get(use)
-    ins = outs = stack = ()
+    ins: tuple[int, ...] = ()
+    outs: tuple[int, ...] = ()
+    stack: tuple[int, ...] = ()
     if kind is not None:
         _, ins, outs, stack = next(c for c in notes.contracted.values() if c[0] == kind)
     elif use in ("bias", "scale"):

@@ -92,4 +92,5 @@ class Site:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Site:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**fields)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -64,7 +65,8 @@ class _Slices:
     """The live arrays of a leaf along axis 0, to be fed to `lax.scan`, and the leaf of one slice."""
 
     def __init__(self, leaf: Leaf):
-        self.leaf, self.arrays = leaf, []
+        self.leaf = leaf
+        self.arrays: list[jax.Array] = []
 
         def collect(a: jax.Array, axis: int) -> jax.Array:
             self.arrays.append(a)
@@ -189,6 +191,10 @@ def _cond(ctx: Context, eqn: Any, values: list[Any], wanted: list[bool]) -> Sequ
     return _spread(wanted, lax.switch(index, [make(b, dense) for b in branches]))
 
 
+def _next(arrays: Iterator[Any], old: Any, dims: Any) -> Any:
+    return next(arrays)
+
+
 @register("shard_map")
 def _shard_map(ctx: Context, eqn: Any, values: list[Any], wanted: list[bool]) -> Sequence[Any]:
     p = eqn.params
@@ -220,8 +226,7 @@ def _shard_map(ctx: Context, eqn: Any, values: list[Any], wanted: list[bool]) ->
         local = []
         for v, arg, var in zip(values, args, jaxpr.invars, strict=True):
             if isinstance(v, Leaf):
-                it = iter(arg)
-                arg = v.map(lambda a, dims, it=it: next(it), tuple(var.aval.shape))
+                arg = v.map(functools.partial(_next, iter(arg)), tuple(var.aval.shape))
             local.append(arg)
         outs = _arrays(inner, eqn, run(inner, jaxpr, consts, local, wanted), wanted)
         return [v for v, w in zip(outs, wanted, strict=True) if w]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jpeft.core import compat, ops
@@ -55,6 +57,14 @@ def _reshape(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence
     return [_first(values).reshape(eqn.outvars[0].aval.shape)]
 
 
+def _repeat(n: int, a: jax.Array, axis: int) -> jax.Array:
+    return jnp.repeat(a, n, axis)
+
+
+def _copies(n: int, a: jax.Array, axis: int) -> jax.Array:
+    return jnp.concatenate([a] * n, axis)
+
+
 @register("broadcast_in_dim")
 def _broadcast(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[Any]:
     leaf, shape, where = _first(values), tuple(eqn.params["shape"]), eqn.params["broadcast_dimensions"]
@@ -64,7 +74,7 @@ def _broadcast(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequen
     leaf = leaf.reshape(thin)
     for axis, (have, want) in enumerate(zip(thin, shape, strict=True)):
         if have != want:
-            leaf = leaf.along(axis, lambda a, ax, n=want: jnp.repeat(a, n, ax), (want,))
+            leaf = leaf.along(axis, functools.partial(_repeat, want), (want,))
     return [leaf]
 
 
@@ -124,7 +134,7 @@ def _tile(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[An
     for axis, n in enumerate(eqn.params["reps"]):
         if n != 1:
             size = leaf.shape[axis] * n
-            leaf = leaf.along(axis, lambda a, ax, n=n: jnp.concatenate([a] * n, ax), (size,))
+            leaf = leaf.along(axis, functools.partial(_copies, n), (size,))
     return [leaf]
 
 
@@ -157,7 +167,7 @@ def _mark(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[An
     leaf = _first(values)
     if eqn.primitive.name == "stop_gradient":
         return [leaf.map(lambda a, dims: lax.stop_gradient(a))]
-    return [leaf.map(lambda a, dims: jax.ad_checkpoint.checkpoint_name(a, eqn.params["name"]))]
+    return [leaf.map(lambda a, dims: checkpoint_name(a, eqn.params["name"]))]
 
 
 @register("optimization_barrier")

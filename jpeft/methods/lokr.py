@@ -82,7 +82,8 @@ class LoKr(Method):
 
     def build(self, site: Site, base: Any, theta: Theta, key: jax.Array | None) -> jax.Array | Op:
         first = jnp.matmul(theta["w1a"], theta["w1b"], precision="highest") if "w1a" in theta else theta["w1"]
-        factors = {"w1": first * theta["scale"], **{k: theta[k] for k in ("w2", "w2a", "w2b") if k in theta}}
+        factors = {"w1": first * theta["scale"]}
+        factors |= {k: theta[k] for k in ("w2", "w2a", "w2b") if k in theta}
         term = maps.linear(site.shape, factors, self._kronecker(site), site.stack_dims, site.in_dims, site.out_dims)
         return ops.add(base, term)
 

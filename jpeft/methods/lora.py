@@ -141,7 +141,7 @@ class LoRA(Method):
         right = right * scale.reshape(scale.shape + (1,) * (right.ndim - scale.ndim)).astype(right.dtype)
         if "mask" in theta:
             right = right * theta["mask"].reshape(theta["mask"].shape + (1,) * (right.ndim - stack - 1)).astype(right.dtype)
-        drop = None
+        drop: tuple[jax.Array, tuple[int | str, ...]] | None = None
         if key is not None and self.dropout > 0.0:
             n = site.stack_size
             data = jax.random.key_data(jax.random.split(key, n) if site.stack_dims else key[None])
