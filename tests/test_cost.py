@@ -87,3 +87,36 @@ def test_one_trace_serves_a_hundred_steps_another_adapter_and_another_alpha():
     assert len(traces) == 1
     assert jnp.isfinite(value)
     assert float(loud.theta["layers/q"]["scale"]) == 8.0
+
+
+def test_eager_calls_trace_once():
+    calls = []
+
+    def apply(p, x, scale=1.0):
+        calls.append(1)
+        return T.apply(p, x, 4) * scale
+
+    params = T.init(jax.random.key(0), 2, 8, 16, True)
+    x = jnp.ones((1, 4, 8))
+    plan = jpeft.plan(apply, params, (x,), {"all-linear": jpeft.LoRA(rank=2)})
+    trainable, frozen = jpeft.init(plan, params, jax.random.key(2))
+    adapted = jpeft.adapt(apply, plan)
+    calls.clear()
+    for _ in range(3):
+        adapted(trainable, frozen, x)
+    assert len(calls) == 1
+    assert not jnp.array_equal(adapted(trainable, frozen, x, scale=2.0), adapted(trainable, frozen, x, scale=1))
+    assert len(calls) == 3
+
+
+def test_a_lora_step_needs_less_memory_than_the_alternatives():
+    apply, params, x, plan = _setup(True, False)
+    trainable, frozen = jpeft.init(plan, params, jax.random.key(2))
+    adapted = jpeft.adapt(apply, plan)
+
+    def step(fn):
+        return jax.jit(jax.value_and_grad(lambda t, f, x: T.loss(fn(t, f, x)))).lower(trainable, frozen, x).compile()
+
+    lora = flops.temp_bytes(step(adapted))
+    dense = flops.temp_bytes(step(lambda t, f, x: apply(jpeft.merge(plan, t, f), x)))
+    assert lora < dense

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from jpeft.core.method import Call, Theta
 from jpeft.core.ops import Op
 from jpeft.core.plan import Entry, Plan
 from jpeft.core.tokens import pad, strip, twins
-from jpeft.core.trace import Apply, leaves_of, trace
+from jpeft.core.trace import Apply, is_array, leaves_of, trace
 from jpeft.errors import CallError, NotMergeable
 
 Trainable = dict[str, Theta]
@@ -107,6 +108,41 @@ def _inputs(plan: Plan, names: Sequence[str], leaves: Sequence[Any], trainable: 
     return result
 
 
+def _hashable(x: Any) -> bool:
+    try:
+        hash(x)
+    except TypeError:
+        return False
+    return True
+
+
+def _evaluate(apply: Apply, plan: Plan, trainable: Trainable, frozen: Frozen, args: Sequence[Any], kwargs: Mapping[str, Any],
+              call: Call) -> Any:
+    """Trace `apply` once and walk the jaxpr with the adapted leaves in place."""
+    n = plan.virtual_tokens
+    plain_args, plain_kwargs = args, kwargs
+    if n:
+        assert plan.tokens is not None
+        args, kwargs = pad(plan.tokens, n, args, kwargs)
+    traced = trace(apply, frozen.base, args, kwargs)
+    leaves = jax.tree_util.tree_leaves(frozen.base)
+    plan.check_params(traced.names, leaves)
+    ctx = Context(allowed=frozenset(plan.materialise), sited=frozenset(plan.sited),
+                  embeddings=frozenset(s.path for s in plan.sites if s.use in ("embedding", "tied")),
+                  biases={e.path: e.site.bias for e in plan.entries if e.method.hooks})
+    shapes: list[tuple[int, ...]] = []
+    if n:
+        before = trace(apply, frozen.base, plain_args, plain_kwargs)
+        ctx.tokens = twins(traced.jaxpr, before.jaxpr)
+        shapes = [tuple(v.aval.shape) for v in before.jaxpr.outvars]
+    inputs = _inputs(plan, traced.names, leaves, trainable, frozen, call.key)
+    outs = [flush(v) for v in run(ctx, traced.jaxpr, traced.consts, (*inputs, *traced.arrays))]
+    outs = [v.dense() if isinstance(v, Leaf) else v for v in outs]
+    if n and plan.tokens is not None:
+        outs = strip(plan.tokens, n, outs, shapes)
+    return jax.tree_util.tree_unflatten(traced.out_tree, outs)
+
+
 def adapt(apply: Apply, plan: Plan) -> Callable[..., Any]:
     """Return `adapted(trainable, frozen, *args, peft=Call(), **kwargs)`, a pure function.
 
@@ -118,7 +154,8 @@ def adapt(apply: Apply, plan: Plan) -> Callable[..., Any]:
         plan: made for its parameters.
 
     Returns:
-        A function for jit, grad, jvp, vmap, pmap, scan, remat and shard_map. `peft` is its only reserved keyword.
+        A function for jit, grad, jvp, vmap, pmap, scan, remat and shard_map. `peft` is its only reserved keyword. Called on
+        concrete arrays outside any transformation, it is compiled once per shapes and static arguments.
 
     Raises:
         UnsupportedUse: (when called) `apply` uses a leaf in a way that would need the whole adapted weight.
@@ -133,30 +170,25 @@ def adapt(apply: Apply, plan: Plan) -> Callable[..., Any]:
         >>> bool(jnp.allclose(adapted(trainable, frozen, x), apply(params, x)))
         True
     """
+    def evaluate(trainable: Trainable, frozen: Frozen, args: Sequence[Any], kwargs: Mapping[str, Any], call: Call) -> Any:
+        _check_call(plan, trainable, frozen, call)
+        return _evaluate(apply, plan, trainable, frozen, args, kwargs, call)
+
+    @functools.lru_cache(maxsize=64)
+    def compiled(treedef: Any, static: tuple[Any, ...]) -> Callable[[Sequence[Any]], Any]:
+        def whole(arrays: Sequence[Any]) -> Any:
+            it = iter(arrays)
+            leaves = [next(it) if s is None else s[1] for s in static]
+            return evaluate(*jax.tree_util.tree_unflatten(treedef, leaves))
+
+        return jax.jit(whole)
+
     def adapted(trainable: Trainable, frozen: Frozen, /, *args: Any, peft: Call = Call(), **kwargs: Any) -> Any:  # noqa: B008
-        _check_call(plan, trainable, frozen, peft)
-        n = plan.virtual_tokens
-        plain_args, plain_kwargs = args, kwargs
-        if n:
-            assert plan.tokens is not None
-            args, kwargs = pad(plan.tokens, n, args, kwargs)
-        traced = trace(apply, frozen.base, args, kwargs)
-        leaves = jax.tree_util.tree_leaves(frozen.base)
-        plan.check_params(traced.names, leaves)
-        ctx = Context(allowed=frozenset(plan.materialise), sited=frozenset(plan.sited),
-                      embeddings=frozenset(s.path for s in plan.sites if s.use in ("embedding", "tied")),
-                      biases={e.path: e.site.bias for e in plan.entries if e.method.hooks})
-        shapes: list[tuple[int, ...]] = []
-        if n:
-            before = trace(apply, frozen.base, plain_args, plain_kwargs)
-            ctx.tokens = twins(traced.jaxpr, before.jaxpr)
-            shapes = [tuple(v.aval.shape) for v in before.jaxpr.outvars]
-        inputs = _inputs(plan, traced.names, leaves, trainable, frozen, peft.key)
-        outs = [flush(v) for v in run(ctx, traced.jaxpr, traced.consts, (*inputs, *traced.arrays))]
-        outs = [v.dense() if isinstance(v, Leaf) else v for v in outs]
-        if n and plan.tokens is not None:
-            outs = strip(plan.tokens, n, outs, shapes)
-        return jax.tree_util.tree_unflatten(traced.out_tree, outs)
+        leaves, treedef = jax.tree_util.tree_flatten((trainable, frozen, args, kwargs, peft))
+        static = tuple(None if is_array(x) else (type(x), x) for x in leaves)
+        if any(isinstance(x, jax.core.Tracer) for x in leaves) or not _hashable(static):
+            return evaluate(trainable, frozen, args, kwargs, peft)
+        return compiled(treedef, static)([x for x, s in zip(leaves, static, strict=True) if s is None])
 
     return adapted
 

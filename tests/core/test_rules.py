@@ -114,7 +114,7 @@ def test_a_returned_leaf_is_formed():
     params = {"w": jnp.ones((8, 3))}
     adapted, t, f, plan = ready(lambda p, x: (x @ p["w"], p), params, X, method=jpeft.LoRA(rank=2))
     _, out = adapted(t, f, X)
-    np.testing.assert_allclose(out["w"], jpeft.merge(plan, t, f)["w"], rtol=1e-6)
+    np.testing.assert_allclose(out["w"], jpeft.merge(plan, t, f)["w"], rtol=1e-5, atol=1e-5)
 
 
 def test_a_key_passed_through_params_is_left_alone():
