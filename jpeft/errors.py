@@ -84,3 +84,19 @@ def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
     plain = word.replace("\\", "").replace(".*", "")
     hits = difflib.get_close_matches(plain, known, n=n, cutoff=0.0)
     return "nearest: " + ", ".join(repr(h) for h in hits) if hits else "there are none"
+
+
+class SourceError(JpeftError, ValueError):
+    """The place that a checkpoint or a data set should come from is misnamed, absent, or not what its sha256 says."""
+
+
+class CheckpointError(JpeftError, ValueError):
+    """The files of a model checkpoint are damaged, or their tensors are not those of the model."""
+
+
+class ModelConfigError(JpeftError, ValueError):
+    """A model's configuration says something that the code does not implement, or contradicts itself."""
+
+
+class ModelInputError(JpeftError, ValueError):
+    """A model was called with inputs that it has no parameters for."""

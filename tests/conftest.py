@@ -15,7 +15,7 @@ _user = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join([_user, *(f"{k}={v}" for k, v in _FLAGS.items() if k not in _user)]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-pytest.register_assert_rewrite("cases", "flops", "gallery", "support")
+pytest.register_assert_rewrite("cases", "flops", "gallery", "layouts", "support")
 
 import jax  # noqa: E402
 

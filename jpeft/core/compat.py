@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -50,8 +51,13 @@ def rebind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     return jax.core.eval_jaxpr(one, (), *inputs)
 
 
-def source_line(eqn: Any) -> str:
-    """`file:line` of the user's code that made the equation, outside jax, flax, equinox and haiku."""
+def context(eqn: Any) -> AbstractContextManager[Any]:
+    """The mesh, the precision and the like under which the equation was traced."""
+    return eqn.ctx.manager
+
+
+def source_line(eqn: Any) -> str | None:
+    """`file:line` of the user's code that made the equation, outside jax, flax, equinox and haiku, or None."""
     traceback = getattr(eqn.source_info, "traceback", None)
     frames = list(traceback.frames) if traceback is not None else []
     inside = ("/jax/", "/flax/", "/equinox/", "/haiku/", "/jpeft/core/", "/jaxtyping/", "/quax/", "/optax/")
@@ -59,7 +65,7 @@ def source_line(eqn: Any) -> str:
         name = frame.file_name.replace("\\", "/")
         if not any(part in name for part in inside) and not name.startswith("<"):
             return f"{'/'.join(name.split('/')[-2:])}:{frame.line_num}"
-    return "unknown line"
+    return None
 
 
 class ScanParts(NamedTuple):

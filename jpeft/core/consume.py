@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from jpeft.core import compat, ops
 from jpeft.core.einsum import Dot
 from jpeft.core.factor import Unsupported
 from jpeft.core.interpret import Context, register
-from jpeft.core.leaf import Leaf, Lookup, Pending, hook_theta, unhook
+from jpeft.core.leaf import NONE, Leaf, Lookup, Origin, Pending, hook_theta, unhook
 
 
 def _token_axis(ctx: Context, eqn: Any) -> int | None:
@@ -156,7 +157,7 @@ def _conv(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[An
             if where == [c_in] and groups == 1:
                 return go(e.of, a * _at(e.s.array.astype(a.dtype), numbers.lhs_spec[1], a.ndim))
         if isinstance(e, ops.Product) and len(e.factors) == 2:
-            left, right = e.factors if e.factors[0].live[c_in] else e.factors[::-1]
+            left, right = e.factors[::-1] if e.factors[0].live[c_out] else e.factors
             if not left.live[c_out] and [d for d, live in enumerate(right.live) if live] in ([c_out], []):
                 return _conv_low_rank(eqn, e, left, right, a).astype(eqn.outvars[0].aval.dtype)
         raise Unsupported("a structured adapter in a convolution")
@@ -272,9 +273,9 @@ def _gather(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[
     cut = [d for d in range(leaf.ndim) if sizes[d] != leaf.shape[d]] or list(collapsed) or list(start)
     exact = all(sizes[d] == leaf.shape[d] == 1 or d == cut[0] for d in collapsed)
     clipped = p["mode"] in (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
-    if getattr(numbers, "operand_batching_dims", ()) or len(cut) != 1 or sizes[cut[0]] != 1 or cut[0] not in start \
+    if numbers.operand_batching_dims or len(cut) != 1 or sizes[cut[0]] != 1 or cut[0] not in start \
             or not exact or (len(start) > 1 and not clipped):
-        raise Unsupported("this form of gather")
+        return _rows(ctx, eqn, leaf, indices)
     axis = cut[0]
     column = lax.slice_in_dim(indices, start.index(axis), start.index(axis) + 1, axis=-1)
     n = indices.ndim - 1
@@ -301,6 +302,52 @@ def _gather(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[
         return [dataclasses.replace(taken, lookup=leaf.lookup)]
     rows = math.prod(indices.shape[:-1]) * ctx.trips
     return [dataclasses.replace(taken, lookup=Lookup(dims, rows, (*ctx.stack, id(eqn)), ctx.where(eqn)))]
+
+
+def _rows(ctx: Context, eqn: Any, leaf: Leaf, indices: jax.Array) -> Sequence[Any]:
+    """Rows chosen by several indices at once, or table by table under vmap: a look-up at once."""
+    p = eqn.params
+    numbers, n = p["dimension_numbers"], indices.ndim - 1
+    chosen, tables = tuple(numbers.collapsed_slice_dims), tuple(numbers.operand_batching_dims)
+    kept = [d for d in range(leaf.ndim) if d not in (*chosen, *tables)]
+    whole = all(p["slice_sizes"][d] == leaf.shape[d] for d in kept)
+    if n == 0 or sorted(numbers.start_index_map) != sorted(chosen) or not whole:
+        raise Unsupported("this form of gather")
+    if ctx.recorder is not None:
+        origins = tuple(Origin(o.path, tuple(o.dims[d] for d in kept)) for o in leaf.origins)
+        dims = tuple(NONE.union(*(o.dims[d] for d in chosen)) for o in leaf.origins)
+        look = Lookup(dims, math.prod(indices.shape[:-1]) * ctx.trips, (*ctx.stack, id(eqn)), ctx.where(eqn))
+        ctx.recorder.rows(Leaf(leaf.op, origins, leaf.dtype, look))
+        return _finish(ctx, eqn, leaf, compat.rebind(eqn, [leaf.op, indices])[0], (), numbers.offset_dims)
+    if not all(q in ctx.embeddings for q in leaf.paths):
+        raise Unsupported("this form of gather")
+    value, hooks = unhook(leaf.op)
+    columns = {d: (indices[..., i], tuple(range(n))) for i, d in enumerate(numbers.start_index_map)}
+    places = zip(tables, numbers.start_indices_batching_dims, strict=True)
+    columns |= {d: (jnp.arange(leaf.shape[d]), (k,)) for d, k in places}
+
+    def row(at: dict[int, jax.Array]) -> jax.Array:
+        view = Leaf(value, leaf.origins, leaf.dtype)
+        for d, i in at.items():
+            start = jnp.clip(i, 0, leaf.shape[d] - 1)
+            view = view.along(d, functools.partial(_one, start), (1,))
+        return view.reshape([leaf.shape[d] for d in kept]).dense()
+
+    run = row
+    for k in reversed(range(n)):
+        run = jax.vmap(run, in_axes=({d: 0 if k in carried else None for d, (_, carried) in columns.items()},))
+    y = run({d: column for d, (column, _) in columns.items()})
+    if p["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+        inside = [(columns[d][0] >= 0) & (columns[d][0] < leaf.shape[d]) for d in chosen]
+        fill = jnp.nan if p["fill_value"] is None else p["fill_value"]
+        y = jnp.where(jnp.expand_dims(functools.reduce(jnp.logical_and, inside), tuple(range(n, y.ndim))), y, fill)
+    others = [d for d in range(y.ndim) if d not in numbers.offset_dims]
+    order = [n + numbers.offset_dims.index(d) if d in numbers.offset_dims else others.index(d) for d in range(y.ndim)]
+    return _finish(ctx, eqn, leaf, jnp.transpose(y, order), hooks, numbers.offset_dims)
+
+
+def _one(start: jax.Array, array: jax.Array, axis: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(array, start, 1, axis)
 
 
 def _source(d: int, axis: int, n: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -68,11 +68,15 @@ class Factor:
         array = jnp.transpose(self.array, (*perm, *range(n, n + len(self.extras))))
         return Factor(array, tuple(self.live[p] for p in perm), self.extras)
 
-    def reshape(self, old: tuple[int, ...], new: tuple[int, ...]) -> Factor:
+    def reshape(self, old: tuple[int, ...], new: tuple[int, ...], free: Collection[int] = ()) -> Factor:
+        """Reshape the leaf's dims; `free`: those along which the whole term is constant, and which may be widened."""
         shape, live = [1] * len(new), [False] * len(new)
         for a, b in reshape_groups(old, new):
             wide = [d for d in a if old[d] > 1] or list(a)
             carried = [self.live[d] for d in wide]
+            stuck = next((d for d in wide if d in free and not self.live[d] and any(carried)), None)
+            if stuck is not None:
+                return self.widen(stuck, old[stuck]).reshape(old, new, free)
             if any(carried) and not all(carried):
                 raise Unsupported(f"reshape {old} -> {new} mixes dims that the adapter keeps apart")
             if any(carried):

@@ -58,6 +58,7 @@ class Context:
         uses: how often each leaf has been contracted, so that each use gets its own dropout mask.
         trips: product of the lengths of the scans around the present equation.
         stack: the equations around the present one.
+        line: the user's line of the nearest of them that has one.
         manual: manual mesh axes, where the types do not say what varies.
     """
 
@@ -70,10 +71,11 @@ class Context:
     uses: dict[tuple[str, ...], int] = dataclasses.field(default_factory=dict)
     trips: int = 1
     stack: tuple[int, ...] = ()
+    line: str | None = None
     manual: tuple[str, ...] = ()
 
     def where(self, eqn: Any) -> str:
-        return f"{eqn.primitive.name} @ {compat.source_line(eqn)}"
+        return f"{eqn.primitive.name} @ {compat.source_line(eqn) or self.line or 'unknown line'}"
 
     def whole(self, leaf: Leaf, eqn: Any, why: str = "") -> Any:
         """Form a leaf whole for a consumer that has no rule, if that is allowed."""
@@ -100,7 +102,8 @@ class Context:
             self.recorder.other(leaf, kind, where, problem=True)
 
     def enter(self, eqn: Any, trips: int = 1) -> Context:
-        return dataclasses.replace(self, trips=self.trips * trips, stack=(*self.stack, id(eqn)))
+        return dataclasses.replace(self, trips=self.trips * trips, stack=(*self.stack, id(eqn)),
+                                   line=compat.source_line(eqn) or self.line)
 
     def use(self, leaf: Leaf, x: Any) -> Leaf:
         """Give this use of the leaf, on this shard, its own dropout key."""
@@ -218,7 +221,8 @@ def _dispatch(ctx: Context, eqn: Any, values: list[Any], wanted: list[bool]) -> 
     rule = RULES.get("checkpoint" if compat.remat_parts(eqn) is not None else name)
     if rule is not None:
         try:
-            return rule(ctx, eqn, values, wanted)
+            with compat.context(eqn):
+                return rule(ctx, eqn, values, wanted)
         except Unsupported as error:
             why = str(error)
     else:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jpeft.core.einsum import Dot, Letters, arrange
 from jpeft.core.factor import AlongFn, Factor, Unsupported, factor, reshape_groups
 from jpeft.core.ops import Expr, MapFn, Op, Shape, along, contract, map_arrays, materialise, node, permute, reshape, scale, sizes_of
+from jpeft.core.site import widest
 
 Arrays = dict[str, jax.Array]
 LinearFn = Callable[[Arrays, jax.Array], jax.Array]
@@ -125,7 +126,7 @@ class Rotated(Op):
 
     def dense(self) -> jax.Array:
         of = materialise(self.of)
-        of = of.astype(jnp.promote_types(of.dtype, jnp.float32))
+        of = of.astype(widest(of.dtype, jnp.float32))
         wl = tuple(range(self.ndim))
         shape = tuple(self.shape[a] for a in self.axes)
         y, yl = apply_map(self.fn, self.theta, of, wl, wl, self.axes, self.axes, math.prod(shape), shape, True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jpeft.core.method import Method
-from jpeft.core.paths import layer_index
+from jpeft.core.paths import layer_index, names
 from jpeft.core.site import Site
 from jpeft.errors import NoMatchError, PlanError, UnsupportedUse, UnusedLeafError, WrongUseError, nearest
 
@@ -27,7 +27,7 @@ _HEAD = re.compile(r"lm_head|output_projection|embed_out")
 
 
 def _segments(path: str) -> list[str]:
-    return [s.lower() for s in path.split("/")]
+    return [s.lower() for s in names(path)]
 
 
 def _linear(site: Site) -> bool:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jpeft.core import compat
 from jpeft.core.einsum import Dot, Letters, arrange, chain
 from jpeft.core.factor import AlongFn, Factor, Unsupported, factor
+from jpeft.core.site import widest
 
 MapFn = Callable[[Any, tuple[int | None, ...]], Any]
 Shape = tuple[int, ...]
@@ -163,7 +164,8 @@ class Product(Op):
         return self._each(lambda f: f.permute(perm), tuple(self.shape[p] for p in perm))
 
     def reshape(self, new: Shape) -> Expr:
-        return self._each(lambda f: f.reshape(self.shape, new), new)
+        free = tuple(d for d in range(self.ndim) if not any(f.live[d] for f in self.factors))
+        return self._each(lambda f: f.reshape(self.shape, new, free), new)
 
     def along(self, axis: int, fn: AlongFn, new: Shape, carry: bool = False) -> Expr:
         me = self
@@ -247,7 +249,7 @@ class Sum(Op):
 
     def dense(self) -> jax.Array:
         parts = [materialise(p) for p in self.parts]
-        dtype = functools.reduce(jnp.promote_types, (p.dtype for p in parts))
+        dtype = widest(*(p.dtype for p in parts))
         return functools.reduce(jnp.add, (p.astype(dtype) for p in parts))
 
 
@@ -291,7 +293,7 @@ class Scaled(Op):
 
     def dense(self) -> jax.Array:
         of = materialise(self.of)
-        dtype = jnp.promote_types(of.dtype, self.s.array.dtype)
+        dtype = widest(of.dtype, self.s.array.dtype)
         return of.astype(dtype) * self.s.array.astype(dtype)
 
 

@@ -12,7 +12,7 @@ from jpeft.errors import PathError
 
 KeyPath = tuple[Any, ...]
 
-_BOX_CLASSES = frozenset({"Variable", "AxisMetadata"})
+_BOXES = frozenset({("flax", "Variable"), ("flax", "AxisMetadata"), ("haliax", "NamedArray")})
 _VALUE_NAMES = frozenset({"value", "get_value", "raw_value"})
 _LAYER = re.compile(r"(?:.*(?:layer|block|blk|stage|cell)s?|h|encoder|decoder|transformer)_?(\d+)", re.IGNORECASE)
 
@@ -23,8 +23,9 @@ def flatten(
     """Flatten a pytree and name every leaf.
 
     Dict keys, sequence indices, dataclass fields and flat indices become segments joined by `/`. Inside a segment `~`
-    is written `~0` and `/` is written `~1` (as in JSON Pointer, RFC 6901). The attribute that a box of Flax adds
-    (`.value` of an `nnx.Variable` or of `nn.Partitioned`) is dropped, so `nnx.State` and a plain dict give one path.
+    is written `~0` and `/` is written `~1` (as in JSON Pointer, RFC 6901). What a box of Flax or Haliax adds (`.value`
+    of an `nnx.Variable` or of `nn.Partitioned`, the index of a `NamedArray`) is dropped, so `nnx.State` and a plain
+    dict give one path.
     The path of a tree that is one array is the empty string.
 
     Args:
@@ -53,19 +54,24 @@ def flatten(
     return tuple(paths), [leaf for _, leaf in keyed], treedef
 
 
+def names(path: str) -> list[str]:
+    """Split a path into names, flat keys with `/` or `.` inside too: `model.layers.0/w` -> `model, layers, 0, w`."""
+    return re.split(r"[/.]", path.replace("~1", "/"))
+
+
 def layer_index(path: str) -> int | None:
     """Return the layer number that a path of an unrolled model names, or None.
 
     It is read off the first segment that is all digits (`layers/3/kernel`, `h/3/attn/kernel`) or is the name of a layer
     container with a number (`layers_3`, `block3`, `h_3`, `TransformerBlock_3`, `LlamaDecoderLayer_3`). Other numbered
-    names (`Dense_3`, `conv2`, `LayerNorm_0`) name no layer. A segment with an escaped `/` counts as several (Haiku
-    modules).
+    names (`Dense_3`, `conv2`, `LayerNorm_0`) name no layer. A segment with an escaped `/` (Haiku modules) or with dots
+    (`model.layers.3.mlp.up_proj.weight`) counts as several.
 
     Example:
         >>> [layer_index(p) for p in ("layers/3/w", "TransformerBlock_2/Dense_0/kernel", "Dense_0/kernel")]
         [3, 2, None]
     """
-    for segment in path.replace("~1", "/").split("/"):
+    for segment in names(path):
         if segment.isdecimal():
             return int(segment)
         if match := _LAYER.fullmatch(segment):
@@ -82,8 +88,8 @@ def _segment(key: Any) -> str:
 
 
 def _is_box(node: Any) -> bool:
-    """Tell whether `node` is one of Flax's boxes around an array, without importing Flax."""
-    return any(c.__name__ in _BOX_CLASSES and c.__module__.split(".")[0] == "flax" for c in type(node).__mro__)
+    """Tell whether `node` is a box of Flax or Haliax around an array, without importing either."""
+    return any((c.__module__.split(".")[0], c.__name__) in _BOXES for c in type(node).__mro__)
 
 
 def _is_value(key: Any) -> bool:

@@ -41,12 +41,19 @@ class _Watch:
 
     def contraction(self, leaf: Leaf, kind: str, ins: Sequence[int], outs: Sequence[int], rows: int, key: Any,
                     where: str, groups: int) -> None:
-        for origin in leaf.origins:
+        for i, origin in enumerate(leaf.origins):
             notes, shape = self.notes[origin.path], self.shapes[origin.path]
-            a = frozenset().union(*(origin.dims[d] for d in ins)) if ins else frozenset()
-            b = (frozenset().union(*(origin.dims[d] for d in outs)) if outs else frozenset()) - a
+            chosen = frozenset() if leaf.lookup is None else leaf.lookup.dims[i]
+            a = (frozenset().union(*(origin.dims[d] for d in ins)) if ins else frozenset()) - chosen
+            b = (frozenset().union(*(origin.dims[d] for d in outs)) if outs else frozenset()) - chosen
+            if leaf.lookup is not None and not (a and b):  # rows summed, or multiplied by vectors: no weight
+                self.rows(leaf)
+                continue
+            if key in notes.contracted:  # two parts of one leaf, joined
+                a, b = a.union(notes.contracted[key][1]), b.union(notes.contracted[key][2])
+            b -= a
             rest = tuple(d for d in range(len(shape)) if d not in a and d not in b)
-            notes.contracted.setdefault(key, (kind, tuple(sorted(a)), tuple(sorted(b)), rest))
+            notes.contracted[key] = (kind, tuple(sorted(a)), tuple(sorted(b)), rest)
             notes.rows[key] = rows
             notes.consumers[where] = None
             notes.groups = max(notes.groups, groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -10,6 +11,12 @@ import jax
 import jax.numpy as jnp
 
 Use = Literal["linear", "conv", "embedding", "tied", "bias", "scale", "other", "unused"]
+
+
+def widest(*dtypes: Any) -> Any:
+    """The dtype that holds values of all `dtypes`; 8-bit floats, which JAX does not promote, count as float32."""
+    return functools.reduce(jnp.promote_types, (
+        jnp.float32 if jnp.issubdtype(d, jnp.floating) and jnp.dtype(d).itemsize == 1 else d for d in dtypes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +81,7 @@ class Site:
     @property
     def theta_dtype(self) -> Any:
         """float32, or float64 where the base is float64."""
-        return jnp.promote_types(jnp.float32, self.dtype) if jnp.issubdtype(self.dtype, jnp.floating) else jnp.float32
+        return widest(jnp.float32, self.dtype) if jnp.issubdtype(self.dtype, jnp.floating) else jnp.float32
 
     def matrix(self, base: jax.Array) -> jax.Array:
         """View the leaf as `[*stack, in, out]`."""

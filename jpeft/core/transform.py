@@ -19,6 +19,7 @@ from jpeft.core.maps import Hooked
 from jpeft.core.method import Call, Theta
 from jpeft.core.ops import Op
 from jpeft.core.plan import Entry, Plan
+from jpeft.core.site import widest
 from jpeft.core.tokens import pad, strip, twins
 from jpeft.core.trace import Apply, is_array, leaves_of, trace
 from jpeft.errors import CallError, NotMergeable
@@ -252,7 +253,7 @@ def _merged(plan: Plan, entry: Entry, leaf: Any, trainable: Trainable, frozen: F
     if entry.path in plan.sited:
         raise NotMergeable(f"{entry.path!r} ({leaf.dtype}) has site semantics: its adapter is no part of the stored value; "
                            "dequantise the base first, then merge")
-    wide = jnp.asarray(leaf).astype(jnp.promote_types(jnp.float32, leaf.dtype))
+    wide = jnp.asarray(leaf).astype(widest(jnp.float32, leaf.dtype))
     return entry.method.merge(entry.site, wide, _theta(plan, entry, trainable, frozen))
 
 

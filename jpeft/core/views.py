@@ -81,7 +81,7 @@ def _broadcast(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequen
 @register("convert_element_type")
 def _convert(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[Any]:
     leaf, dtype = _first(values), eqn.params["new_dtype"]
-    if leaf.adapted and not jnp.issubdtype(dtype, jnp.floating):
+    if leaf.adapted and not jnp.issubdtype(dtype, jnp.inexact):
         raise Unsupported(f"conversion to {np.dtype(dtype).name}")
     return [leaf.cast(dtype)]
 

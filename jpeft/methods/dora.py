@@ -71,8 +71,10 @@ class DoRA(LoRA):
             a = jnp.concatenate([a, theta["a0"]], -1)
             b = jnp.concatenate([b, -self._right(site, theta, "b0")], n)
         stack, ins = tuple(range(n)), tuple(range(n, a.ndim - 1))
-        narrow = a.astype(base.dtype) if base.dtype.itemsize < a.dtype.itemsize else a
-        cross = _dot(narrow, base.astype(narrow.dtype), (ins, site.in_dims), (stack, site.stack_dims), a.dtype)
+        # A float32 copy of a bfloat16 leaf would double its memory; XLA on CPU has no such mixed product.
+        narrow = base.dtype.itemsize < a.dtype.itemsize and jax.default_backend() != "cpu"
+        thin, w = (a.astype(base.dtype), base) if narrow else (a, base.astype(a.dtype))
+        cross = _dot(thin, w, (ins, site.in_dims), (stack, site.stack_dims), a.dtype)
         gram = _dot(a, a, (ins, ins), (stack, stack), a.dtype)
         spread = _dot(gram, b, ((n + 1,), (n,)), (stack, stack), a.dtype)
         square = theta["w_sq"] + jnp.sum(b * (2 * cross + spread), axis=n)

@@ -41,8 +41,8 @@ class LoRA(Method):
 
     Example:
         >>> import jax.numpy as jnp, jpeft
-        >>> plan = jpeft.plan(lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}, (jnp.ones((2, 8)),), {"w": jpeft.LoRA(rank=2)})
-        >>> plan.count()
+        >>> apply, params = (lambda p, x: x @ p["w"]), {"w": jnp.ones((8, 4))}
+        >>> jpeft.plan(apply, params, (jnp.ones((2, 8)),), {"w": jpeft.LoRA(rank=2)}).count()
         24
     """
 
@@ -62,7 +62,8 @@ class LoRA(Method):
             raise MethodConfigError(f"{type(self).__name__}(init_weights={self.init_weights!r}) is unknown; "
                                     f"use one of {', '.join(INITS)}")
         if not 0.0 <= self.dropout < 1.0:
-            raise MethodConfigError(f"{type(self).__name__}(dropout={self.dropout}) is not in [0, 1); it is the rate that is dropped")
+            raise MethodConfigError(f"{type(self).__name__}(dropout={self.dropout}) is not in [0, 1); "
+                                    "give the rate that is dropped")
 
     @property
     def width(self) -> int:
@@ -121,11 +122,12 @@ class LoRA(Method):
     def _from_base(self, site: Site, base: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The factors at the start, `s A B` = the principal part of W (pissa) or a part of its QR (olora)."""
         matrix, r = site.matrix(base), self.width
-        each = scale.reshape(scale.shape + (1, 1)) if scale.ndim else scale
+        each = scale.reshape((*scale.shape, 1, 1)) if scale.ndim else scale
         if self.init_weights == "pissa":
             u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
             root = jnp.sqrt(s[..., :r])
-            return u[..., :r] * root[..., None, :] / jnp.sqrt(each), root[..., :, None] * vt[..., :r, :] / jnp.sqrt(each)
+            half = jnp.sqrt(each)
+            return u[..., :r] * root[..., None, :] / half, root[..., :, None] * vt[..., :r, :] / half
         q, upper = jnp.linalg.qr(jnp.swapaxes(matrix, -1, -2))
         return jnp.swapaxes(upper[..., :r, :], -1, -2), jnp.swapaxes(q[..., :, :r], -1, -2)
 
@@ -133,14 +135,16 @@ class LoRA(Method):
         shape = (*site.in_shape, self.width) if letter == "a" else (self.width, *site.out_shape)
         return jnp.reshape(x, (*site.stack_shape, *shape))
 
-    def term(self, site: Site, theta: Theta, key: jax.Array | None, a: str = "a", b: str = "b", sign: float = 1.0) -> ops.Product:
+    def term(self, site: Site, theta: Theta, key: jax.Array | None, a: str = "a", b: str = "b",
+             sign: float = 1.0) -> ops.Product:
         """The additive term `s A B` as an expression."""
         right = theta[b]
         stack = len(site.stack_dims)
         scale = theta["scale"] * jnp.asarray(sign, theta["scale"].dtype)
         right = right * scale.reshape(scale.shape + (1,) * (right.ndim - scale.ndim)).astype(right.dtype)
         if "mask" in theta:
-            right = right * theta["mask"].reshape(theta["mask"].shape + (1,) * (right.ndim - stack - 1)).astype(right.dtype)
+            mask = theta["mask"].astype(right.dtype)
+            right = right * mask.reshape(mask.shape + (1,) * (right.ndim - stack - 1))
         drop: tuple[jax.Array, tuple[int | str, ...]] | None = None
         if key is not None and self.dropout > 0.0:
             n = site.stack_size
@@ -171,8 +175,8 @@ class LoRA(Method):
 
     def axes(self, site: Site) -> dict[str, tuple[int | None, ...]]:
         a, b = (*site.stack_dims, *site.in_dims, None), (*site.stack_dims, None, *site.out_dims)
-        per_layer = isinstance(self.rank, tuple)
-        return {"a": a, "b": b, "a0": a, "b0": b, "scale": site.stack_dims if per_layer else (), "mask": (*site.stack_dims, None)}
+        scale = site.stack_dims if isinstance(self.rank, tuple) else ()
+        return {"a": a, "b": b, "a0": a, "b0": b, "scale": scale, "mask": (*site.stack_dims, None)}
 
     def flops(self, site: Site) -> tuple[int, int]:
         terms = 2 if self.init_weights in ("pissa", "olora") else 1

@@ -73,6 +73,25 @@ def test_nnx_state_has_the_paths_of_its_pure_dict():
     assert set(flatten(model)[0]) == set(flatten(nnx.state(model))[0])
 
 
+def test_a_named_array_of_haliax_is_a_box():
+    @jax.tree_util.register_pytree_node_class
+    class NamedArray:
+        def __init__(self, array):
+            self.array = array
+
+        def tree_flatten(self):
+            return (self.array,), None
+
+        @classmethod
+        def tree_unflatten(cls, _, children):
+            return cls(*children)
+
+    tree = {"stacked": {"weight": NamedArray(1.0)}}
+    assert flatten(tree)[0] == ("stacked/weight/0",)
+    NamedArray.__module__ = "haliax.core"
+    assert flatten(tree)[0] == ("stacked/weight",)
+
+
 def test_is_leaf_stops_the_descent():
     assert flatten({"a": (1, 2), "b": [3]}, is_leaf=lambda x: isinstance(x, tuple))[0] == ("a", "b/0")
 
@@ -97,6 +116,7 @@ def test_two_leaves_with_one_path():
         ("layers_2/experts/5/kernel", 2),
         ("encoder/block/3/layer/0/SelfAttention/q", 3),
         ("transformer~1~0~1layer_5~1linear/w", 5),
+        ("model.layers.4.self_attn.q_proj.weight", 4),
         ("Dense_0/kernel", None),
         ("conv2/kernel", None),
         ("LayerNorm_0/scale", None),

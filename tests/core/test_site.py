@@ -57,3 +57,20 @@ def test_site_semantics_by_choice():
     t, f = jpeft.init(plan, params, jax.random.key(0))
     t = jax.tree.map(lambda a: jnp.ones_like(a), t)
     np.testing.assert_allclose(jpeft.adapt(apply, plan)(t, f, x), apply(params, x) + x @ t["w"]["a"] @ t["w"]["b"], rtol=1e-5)
+
+
+def test_float8_leaf_is_adapted_in_float32_and_merged_back():
+    params = {"w": jnp.asarray(np.random.RandomState(0).randn(6, 4), jnp.float8_e4m3fn)}
+    x = jnp.asarray(np.random.RandomState(1).randn(2, 6), jnp.float32)
+
+    def apply(p, x):
+        return x @ p["w"].astype(x.dtype)
+
+    plan = jpeft.plan(apply, params, (x,), {"w": jpeft.LoRA(rank=2, alpha=2)})
+    t, f = jpeft.init(plan, params, jax.random.key(0))
+    assert {v.dtype.name for v in t["w"].values()} == {"float32"}
+    t = jax.tree.map(jnp.ones_like, t)
+    want = apply(params, x) + x @ t["w"]["a"] @ t["w"]["b"]
+    np.testing.assert_allclose(jpeft.adapt(apply, plan)(t, f, x), want, rtol=1e-5)
+    merged = jpeft.merge(plan, t, f)["w"]
+    np.testing.assert_array_equal(merged, (params["w"].astype(jnp.float32) + 2.0).astype(merged.dtype))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from gallery import equinox, haiku, linen, loops, nnx, plain, sharded
+from gallery import equinox, foreign, haiku, linen, loops, nnx, plain, sharded
 from gallery.case import Case, Dims
 
-CASES: list[Case] = [case for part in (linen, nnx, equinox, haiku, plain, loops, sharded) for case in part.CASES]
+PARTS = (linen, nnx, equinox, haiku, plain, loops, sharded, foreign)
+CASES: list[Case] = [case for part in PARTS for case in part.CASES]
 __all__ = ["CASES", "Case", "Dims"]

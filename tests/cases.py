@@ -1,0 +1,166 @@
+"""The table of methods, and the small model that all of them ride on: a scanned, rematerialised transformer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from support import randomise
+
+import jpeft
+from jpeft import Method
+
+L, B, T, D, H, K, F, V = 2, 4, 6, 16, 2, 8, 32, 20
+SHAPES = {
+    "embed": (V, D),
+    "layers": {
+        "attn_norm": {"scale": (L, D), "bias": (L, D)},
+        "query": {"kernel": (L, D, H, K), "bias": (L, H, K)},
+        "key": {"kernel": (L, D, H, K)},
+        "value": {"kernel": (L, D, H, K), "bias": (L, H, K)},
+        "out": {"kernel": (L, H, K, D), "bias": (L, D)},
+        "mlp_norm": {"scale": (L, D), "bias": (L, D)},
+        "up": {"kernel": (L, D, F), "bias": (L, F)},
+        "down": {"kernel": (L, F, D), "bias": (L, D)},
+    },
+    "norm": {"scale": (D,), "bias": (D,)},
+    "head": {"kernel": (D, V)},
+}
+SPECS = {
+    "embed": P("model"),
+    **{f"layers/{n}/kernel": P(None, None, "model") for n in ("query", "key", "value", "up")},
+    **{f"layers/{n}/bias": P(None, "model") for n in ("query", "value", "up")},
+    **{f"layers/{n}/kernel": P(None, "model") for n in ("out", "down")},
+    "head/kernel": P(None, "model"),
+}
+
+
+def _norm(h: jax.Array, p: Any) -> jax.Array:
+    h = h - jnp.mean(h, -1, keepdims=True)
+    return h * jax.lax.rsqrt(jnp.mean(jnp.square(h), -1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
+
+
+def encoder(params: Any, ids: jax.Array, attention_mask: jax.Array | None = None, *, causal: bool = False,
+            dtype: Any = None, extra: Any = None) -> jax.Array:
+    """Return logits `[B, T, V]`.
+
+    Args:
+        params: as `SHAPES`.
+        ids: `[B, T]`.
+        attention_mask: `[B, T]`, 1 where a key is visible.
+        causal: whether tokens see only those before them.
+        dtype: dtype to compute in; None: that of the parameters.
+        extra: what the methods that cannot merge must amount to, written into the model: `prompt` `[n, D]`, `key` and
+            `value` `[L, n, H, K]` (prefixes), `adapter` (`down`, `b_down`, `up`, `b_up`, each `[L, ..]`).
+    """
+    if dtype is not None:
+        params, extra = jax.tree.map(lambda w: w.astype(dtype), (params, extra))
+    extra = dict(extra or {})
+    h = params["embed"][ids]
+    prompt = extra.pop("prompt", None)
+    if prompt is not None:
+        h = jnp.concatenate([jnp.broadcast_to(prompt, (len(ids), *prompt.shape)), h], 1)
+    visible = jnp.ones(h.shape[:2], bool)
+    if attention_mask is not None:
+        visible = visible.at[:, -ids.shape[1]:].set(attention_mask.astype(bool))
+
+    @jax.checkpoint
+    def block(h: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+        p, more = layer
+        x = _norm(h, p["attn_norm"])
+        q, k, v = (jnp.einsum("btd,dhk->bthk", x, p[n]["kernel"]) for n in ("query", "key", "value"))
+        q, v = q + p["query"]["bias"], v + p["value"]["bias"]
+        seen = jnp.broadcast_to(visible[:, None, None, :], (len(h), 1, x.shape[1], x.shape[1]))
+        if causal:
+            seen = seen & jnp.tril(jnp.ones(seen.shape[-2:], bool))
+        if "key" in more:
+            k, v = (jnp.concatenate([jnp.broadcast_to(more[n], (len(h), *more[n].shape)), t], 1)
+                    for n, t in (("key", k), ("value", v)))
+            seen = jnp.pad(seen, ((0, 0), (0, 0), (0, 0), (more["key"].shape[0], 0)), constant_values=True)
+        scores = jnp.einsum("bthk,bshk->bhts", q, k) * jnp.asarray(K**-0.5, q.dtype)
+        weights = jax.nn.softmax(jnp.where(seen, scores, jnp.asarray(-1e9, q.dtype)))
+        mixed = jnp.einsum("bhts,bshk->bthk", weights, v)
+        h = h + (jnp.einsum("bthk,hkd->btd", mixed, p["out"]["kernel"]) + p["out"]["bias"])
+        x = jax.nn.gelu(_norm(h, p["mlp_norm"]) @ p["up"]["kernel"] + p["up"]["bias"])
+        y = x @ p["down"]["kernel"] + p["down"]["bias"]
+        if "adapter" in more:
+            a = more["adapter"]
+            y = y + (jax.nn.gelu(y @ a["down"] + a["b_down"]) @ a["up"] + a["b_up"])
+        return h + y, None
+
+    h, _ = jax.lax.scan(block, h, (params["layers"], extra))
+    logits = _norm(h, params["norm"]) @ params["head"]["kernel"]
+    return logits[:, -ids.shape[1]:]
+
+
+def make_params(dtype: Any = jnp.float32) -> Any:
+    params = randomise(jax.tree.map(lambda s: jnp.zeros(s, dtype), SHAPES, is_leaf=lambda s: isinstance(s, tuple)), 5)
+    for norm in (params["layers"]["attn_norm"], params["layers"]["mlp_norm"], params["norm"]):
+        norm["scale"] = norm["scale"] + 1
+    return params
+
+
+def make_inputs() -> tuple[jax.Array, jax.Array]:
+    """Token ids and a mask that hides the last tokens of one row."""
+    ids = np.random.RandomState(3).randint(0, V, (B, T))
+    return jnp.asarray(ids, jnp.int32), jnp.ones((B, T), jnp.int32).at[1, 4:].set(0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """One row: a method and what is particular to it.
+
+    Attributes:
+        name: the row's name.
+        rules: pattern -> method; the first is the one under test.
+        count: trainable values, in closed form.
+        chain: from the method, the two that form a `Chain` on the same leaf; None: undefined.
+        extra: from `{path: theta}`, the argument `extra` of `encoder` that does the same, if the method cannot merge.
+        tokens: for methods with virtual tokens.
+        exempt: law -> (reason, `file::test` that is passed instead).
+    """
+
+    name: str
+    rules: Mapping[str, Method]
+    count: int
+    chain: Callable[[Method], tuple[Method, Method]] | None = None
+    extra: Callable[[Any], Any] | None = None
+    tokens: jpeft.Tokens | None = None
+    exempt: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+
+
+LORA, IA3 = jpeft.LoRA(rank=3, alpha=6), jpeft.IA3()
+TOKENS = jpeft.Tokens(ids=0, mask="attention_mask")
+QV, KV = "layers/(query|value)/kernel", "layers/(key|value)/kernel"
+N_BIAS = D + L * (2 * H * K + 4 * D + F)
+VIRTUAL = "tests/methods/test_virtual.py::"
+WIDER = "virtual tokens are seen by the real ones"
+
+CASES = [
+    Case("lora", {QV: jpeft.LoRA(rank=2, alpha=4)}, 2 * L * 2 * (D + H * K), lambda m: (m, IA3)),
+    Case("dora", {QV: jpeft.DoRA(rank=2, alpha=4)}, 2 * L * (2 * (D + H * K) + H * K), lambda m: (m, IA3)),
+    Case("ia3", {KV: jpeft.IA3(), "layers/down/kernel": jpeft.IA3(on="in")}, L * (2 * H * K + F), lambda m: (LORA, m)),
+    Case("bitfit", {"bias": jpeft.BitFit()}, N_BIAS, lambda m: (m, jpeft.LayerNormTuning())),
+    Case("layernorm", {"norm": jpeft.LayerNormTuning()}, (2 * L + 1) * 2 * D, lambda m: (jpeft.Full(), m)),
+    Case("full", {"layers/query/kernel": jpeft.Full(), "head/kernel": jpeft.Full()}, L * D * H * K + D * V,
+         lambda m: (m, LORA)),
+    Case("pfeiffer", {"layers/down/kernel": jpeft.Pfeiffer(bottleneck=4, activation="gelu")}, L * (8 * D + 4 + D),
+         lambda m: (LORA, m), lambda theta: {"adapter": theta["layers/down/kernel"]}),
+    Case("prompt", {"embedding": jpeft.PromptTuning(length=3)}, 3 * D, lambda m: (LORA, m),
+         lambda theta: {"prompt": theta["embed"]["p"]}, TOKENS,
+         {"L1": (WIDER, VIRTUAL + "test_an_invisible_prompt_is_the_base")}),
+    Case("prefix", {KV: jpeft.PrefixTuning(length=3)}, 2 * L * 3 * H * K, lambda m: (LORA, m),
+         lambda theta: {n: theta[f"layers/{n}/kernel"]["p"] for n in ("key", "value")}, TOKENS,
+         {"L1": (WIDER, VIRTUAL + "test_a_prefix_is_more_keys_and_values")}),
+    Case("oft", {"layers/(out|up)/kernel": jpeft.OFT(block_size=4)}, 2 * L * D // 4 * 6, lambda m: (LORA, m)),
+    Case("lokr", {"layers/(up|down)/kernel": jpeft.LoKr(rank=2, alpha=2)}, 2 * L * (4 * 4 + 2 * (4 + 8)),
+         lambda m: (m, IA3)),
+    Case("fourierft", {"layers/(query|up)/kernel": jpeft.FourierFT(n_frequency=9)}, 2 * L * 9, lambda m: (m, LORA)),
+    Case("chain", {"layers/up/kernel": jpeft.Chain((jpeft.DoRA(rank=2), jpeft.OFT(blocks=2), jpeft.IA3(on="in")))},
+         L * (2 * (D + F) + F + 2 * 28 + D)),
+]
