@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import jpeft.core.structure
-import jpeft.core.views
+import jpeft.core.views  # noqa: F401 - importing it registers its rules
 from jpeft import optim
 from jpeft.core.consume import multiply
 from jpeft.core.explain import explain
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 __all__ = [
-    "Call", "Frozen", "Identity", "Method", "NotMergeable", "Plan", "Site", "Tokens", "adapt", "base", "combine", "explain",
-    "fingerprint", "from_nnx", "init", "inspect", "layers", "load", "mask", "merge", "merge_error", "multiply", "optim",
-    "partition", "penalty", "plan", "register_rule", "save", *_methods,
+    "Call", "Frozen", "Identity", "Method", "NotMergeable", "Plan", "Site", "Tokens", "adapt", "base", "combine",
+    "explain", "fingerprint", "from_nnx", "init", "inspect", "layers", "load", "mask", "merge", "merge_error",
+    "multiply", "optim", "partition", "penalty", "plan", "register_rule", "save", *_methods,
 ]
 
 

@@ -36,12 +36,14 @@ def test_flops_of_a_lora_step_are_at_the_floor(scanned, remat):
         return apply(jpeft.merge(plan, t, frozen), x)
 
     floor = flops.count(jax.jit(jax.value_and_grad(lambda x, p: T.loss(apply(p, x)))), x, params).total
-    lora = flops.count(jax.jit(jax.value_and_grad(lambda t, f, x: T.loss(adapted(t, f, x)))), trainable, frozen, x).total
-    dense = flops.count(jax.jit(jax.value_and_grad(lambda t, f, x: T.loss(materialised(t, f, x)))), trainable, frozen, x).total
+    lora, dense = (
+        flops.count(jax.jit(jax.value_and_grad(lambda t, f, x, fn=fn: T.loss(fn(t, f, x)))), trainable, frozen, x).total
+        for fn in (adapted, materialised))
     full = flops.count(jax.jit(jax.value_and_grad(lambda p, x: T.loss(apply(p, x)))), params, x).total
     own = jpeft.explain(plan).flops * (4 if remat else 3)
     assert lora <= 1.02 * (floor + own), (lora, floor, own)
-    assert dense > 1.2 * lora and full > 1.15 * lora
+    assert dense > 1.2 * lora
+    assert full > 1.15 * lora
     print(f"\nscanned={scanned} remat={remat}: floor {floor:,}, LoRA {lora / floor:.3f} (of it own products "
           f"{own / floor:.3f}), materialised {dense / floor:.3f}, full fine-tuning {full / floor:.3f}")
 

@@ -17,7 +17,8 @@ def init(key: jax.Array, layers: int, d: int, f: int, scanned: bool) -> Params:
 
     def one(key: jax.Array) -> Params:
         keys = jax.random.split(key, len(SHAPES))
-        layer = {n: jax.random.normal(k, (size[a], size[b])) * size[a] ** -0.5 for k, (n, (a, b)) in zip(keys, SHAPES.items())}
+        layer = {n: jax.random.normal(k, (size[a], size[b])) * size[a] ** -0.5
+                 for k, (n, (a, b)) in zip(keys, SHAPES.items(), strict=True)}
         return layer | {"norm1": jnp.ones(d), "norm2": jnp.ones(d)}
 
     keys = jax.random.split(key, layers)

@@ -51,6 +51,14 @@ def rebind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     return jax.core.eval_jaxpr(one, (), *inputs)
 
 
+def moved(eqn: Any, axes: Sequence[int], by: int) -> Any:
+    """The `slice` equation whose window is moved by `by` along `axes`."""
+    shift = [by if d in axes else 0 for d in range(len(eqn.params["start_indices"]))]
+    ends = {name: tuple(int(i) + s for i, s in zip(eqn.params[name], shift, strict=True))
+            for name in ("start_indices", "limit_indices")}
+    return eqn.replace(params={**eqn.params, **ends})
+
+
 def context(eqn: Any) -> AbstractContextManager[Any]:
     """The mesh, the precision and the like under which the equation was traced."""
     return eqn.ctx.manager

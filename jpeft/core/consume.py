@@ -135,7 +135,8 @@ def _conv(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[An
     if ctx.recorder is not None:
         shape = eqn.outvars[0].aval.shape
         rows = math.prod(n for i, n in enumerate(shape) if i != feature) * ctx.trips
-        ctx.recorder.contraction(leaf, "conv", (*spatial, c_in), (c_out,), rows, (*ctx.stack, id(eqn)), ctx.where(eqn), groups)
+        ctx.recorder.contraction(
+            leaf, "conv", (*spatial, c_in), (c_out,), rows, (*ctx.stack, id(eqn)), ctx.where(eqn), groups)
         return _finish(ctx, eqn, leaf, compat.rebind(eqn, [x, leaf.op])[0], (), (feature,))
     leaf = ctx.use(leaf, x)
     value, hooks = unhook(leaf.op)
@@ -173,7 +174,7 @@ def _conv_low_rank(eqn: Any, term: ops.Product, left: Any, right: Any, x: jax.Ar
     """A convolution to `r` channels (per group), then a 1x1 convolution to the outputs."""
     p = eqn.params
     numbers, groups = p["dimension_numbers"], p["feature_group_count"]
-    c_out, c_in, *spatial = numbers.rhs_spec
+    c_out = numbers.rhs_spec[0]
     if term.key is not None:
         data = jnp.reshape(term.key.array, (-1,))
         keep = jax.random.bernoulli(jax.random.wrap_key_data(data), 1.0 - term.rate, x.shape)
@@ -199,8 +200,8 @@ def _ragged(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[
     x, leaf, sizes = values[:3]
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (x_con, w_con), (x_batch, w_batch) = numbers.dot_dimension_numbers
-    if not isinstance(leaf, Leaf) or isinstance(x, Leaf) or x_batch or w_batch or tuple(numbers.lhs_ragged_dimensions) != (0,) \
-            or len(x_con) != 1 or x.ndim != 2 or len(numbers.rhs_group_dimensions) != 1:
+    if not isinstance(leaf, Leaf) or isinstance(x, Leaf) or x_batch or w_batch or len(x_con) != 1 or x.ndim != 2 \
+            or tuple(numbers.lhs_ragged_dimensions) != (0,) or len(numbers.rhs_group_dimensions) != 1:
         raise Unsupported("this form of ragged_dot")
     group, ins = numbers.rhs_group_dimensions[0], w_con[0]
     outs = next(d for d in range(3) if d not in (group, ins))

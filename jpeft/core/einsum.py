@@ -58,7 +58,8 @@ def arrange(x: jax.Array, have: Letters, want: Letters, sizes: dict[int, int]) -
     return x
 
 
-def pair(a: jax.Array, al: Letters, b: jax.Array, bl: Letters, keep: Sequence[int], dot: Dot) -> tuple[jax.Array, Letters]:
+def pair(a: jax.Array, al: Letters, b: jax.Array, bl: Letters, keep: Sequence[int],
+         dot: Dot) -> tuple[jax.Array, Letters]:
     """Contract two arrays over the letters that both have and `keep` lacks.
 
     Args:
@@ -105,10 +106,8 @@ def chain(x: jax.Array, xl: Letters, factors: Sequence[tuple[jax.Array, Letters]
     for f, fl in todo:
         size.update(zip(fl, f.shape, strict=True))
     while todo:
-        def cost(i: int) -> tuple[int, int]:
-            return math.prod(size[c] for c in {*xl, *todo[i][1]}), i
-
-        f, fl = todo.pop(min(range(len(todo)), key=cost))
+        cheapest = min(range(len(todo)), key=lambda i: (math.prod(size[c] for c in {*xl, *todo[i][1]}), i))
+        f, fl = todo.pop(cheapest)
         keep = {*out, *(c for _, other in todo for c in other)}
         x, xl = pair(x, xl, f, fl, tuple(keep), dot)
     return arrange(x, xl, out, size)

@@ -71,16 +71,18 @@ class Explanation:
 
     def __str__(self) -> str:
         head = ("leaf", "shape", "use", "method", "trainable", "rule", "extra FLOPs")
-        body = [(r.path, "x".join(map(str, r.shape)) or "scalar", r.use, r.method, f"{r.trainable:,}", r.rule, f"{r.flops:,}")
-                for r in self.rows]
+        body = [(r.path, "x".join(map(str, r.shape)) or "scalar", r.use, r.method, f"{r.trainable:,}", r.rule,
+                 f"{r.flops:,}") for r in self.rows]
         widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
         right = {4, 6}
-        lines = ["  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-                 .rstrip() for line in (head, *body)]
+        lines = ["  ".join(c.rjust(w) if i in right else c.ljust(w)
+                           for i, (c, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+                 for line in (head, *body)]
         lines.insert(1, "  ".join("-" * w for w in widths))
         extra = f", {100.0 * self.flops / self.base_flops:.2f} % of the base's" if self.base_flops else ""
-        lines.append(f"trainable {self.trainable:,} of {self.parameters:,} parameters ({self.percent:.3f} %) on {len(self.rows)} "
-                     f"leaves; {len(self.untouched)} leaves untouched; extra FLOPs {self.flops:,}{extra}"
+        lines.append(f"trainable {self.trainable:,} of {self.parameters:,} parameters ({self.percent:.3f} %) on "
+                     f"{len(self.rows)} leaves; {len(self.untouched)} leaves untouched; "
+                     f"extra FLOPs {self.flops:,}{extra}"
                      + (f"; {self.virtual_tokens} virtual tokens" if self.virtual_tokens else ""))
         return "\n".join(lines)
 
@@ -88,9 +90,10 @@ class Explanation:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
-        return {"rows": [dataclasses.asdict(r) for r in self.rows], "parameters": self.parameters, "trainable": self.trainable,
-                "percent": self.percent, "base_flops": self.base_flops, "flops": self.flops,
-                "untouched": [s.path for s in self.untouched], "virtual_tokens": self.virtual_tokens}
+        return {"rows": [dataclasses.asdict(r) for r in self.rows], "parameters": self.parameters,
+                "trainable": self.trainable, "percent": self.percent, "base_flops": self.base_flops,
+                "flops": self.flops, "untouched": [s.path for s in self.untouched],
+                "virtual_tokens": self.virtual_tokens}
 
 
 def site_flops(site: Site) -> int:
@@ -120,7 +123,8 @@ def explain(plan: Plan) -> Explanation:
 
     Example:
         >>> import jax.numpy as jnp, jpeft
-        >>> plan = jpeft.plan(lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}, (jnp.ones((2, 8)),), {"w": jpeft.LoRA(rank=2)})
+        >>> params, x = {"w": jnp.ones((8, 4))}, jnp.ones((2, 8))
+        >>> plan = jpeft.plan(lambda p, x: x @ p["w"], params, (x,), {"w": jpeft.LoRA(rank=2)})
         >>> jpeft.explain(plan).trainable
         24
     """
@@ -132,5 +136,6 @@ def explain(plan: Plan) -> Explanation:
                         per_row * e.site.rows + per_call))
     adapted = {r.path for r in rows}
     total = int(sum(np.prod(s.shape, dtype=np.int64) for s in plan.sites))
-    return Explanation(tuple(rows), tuple(s for s in plan.sites if s.path not in adapted), total, sum(r.trainable for r in rows),
-                       sum(site_flops(s) for s in plan.sites), sum(r.flops for r in rows), plan.virtual_tokens)
+    return Explanation(tuple(rows), tuple(s for s in plan.sites if s.path not in adapted), total,
+                       sum(r.trainable for r in rows), sum(site_flops(s) for s in plan.sites),
+                       sum(r.flops for r in rows), plan.virtual_tokens)

@@ -115,7 +115,8 @@ class Factor:
         array = jnp.reshape(self.array, tuple(
             s for s, live in zip(self.array.shape[: self.ndim], self.live, strict=True) if live
         ) + self.array.shape[self.ndim:])
-        return array, (*(c for c, live in zip(letters, self.live, strict=True) if live), *(names[e] for e in self.extras))
+        own = (c for c, live in zip(letters, self.live, strict=True) if live)
+        return array, (*own, *(names[e] for e in self.extras))
 
 
 def factor(array: jax.Array, layout: Sequence[int | str], ndim: int) -> Factor:
@@ -133,7 +134,8 @@ def factor(array: jax.Array, layout: Sequence[int | str], ndim: int) -> Factor:
     shape = [1] * ndim
     for i, d in enumerate(sorted(dims)):
         shape[d] = array.shape[i]
-    return Factor(jnp.reshape(array, (*shape, *array.shape[len(dims):])), tuple(d in dims for d in range(ndim)), tuple(extras))
+    live = tuple(d in dims for d in range(ndim))
+    return Factor(jnp.reshape(array, (*shape, *array.shape[len(dims):])), live, tuple(extras))
 
 
 def join(factors: Sequence[Factor], axis: int, sizes: Sequence[int]) -> Factor:

@@ -17,16 +17,14 @@ import numpy as np
 from jpeft.core import compat, ops
 from jpeft.core.factor import Unsupported
 from jpeft.core.leaf import Leaf, Pending
-from jpeft.errors import UnsupportedUse
+from jpeft.errors import CallError, UnsupportedUse
 
 Rule = Callable[..., Sequence[Any]]
 RULES: dict[str, Rule] = {}
 USER_RULES: dict[str, Callable[..., Any]] = {}
-TRANSPARENT = frozenset({"convert_element_type", "reshape", "transpose", "squeeze", "expand_dims", "copy", "name", "psum",
-                         "psum_invariant", "reduce_scatter", "sharding_constraint", "optimization_barrier", "pvary",
-                         "pcast", "broadcast_in_dim", "reduce_precision", "reshard"})
-
-
+TRANSPARENT = frozenset({"convert_element_type", "reshape", "transpose", "squeeze", "expand_dims", "copy", "name",
+                         "psum", "psum_invariant", "reduce_scatter", "sharding_constraint", "optimization_barrier",
+                         "pvary", "pcast", "broadcast_in_dim", "reduce_precision", "reshard"})
 ELEMENTWISE = frozenset({"add", "sub", "mul", "div", "max", "min", "neg", "convert_element_type", "and", "or", "clamp",
                          "shift_left", "shift_right_logical", "shift_right_arithmetic", "select_n", "round", "exp2"})
 
@@ -55,6 +53,7 @@ class Context:
         sited: paths whose adapter enters at the contraction only: elementwise operations on the way act on the base.
         biases: for each hooked leaf, the path of its bias.
         tokens: for an equation, by id, the shapes that its outputs have without the virtual tokens.
+        moved: for an equation, by id, the one to evaluate in its place: behind the virtual tokens.
         uses: how often each leaf has been contracted, so that each use gets its own dropout mask.
         trips: product of the lengths of the scans around the present equation.
         stack: the equations around the present one.
@@ -68,6 +67,7 @@ class Context:
     sited: frozenset[str] = frozenset()
     biases: dict[str, str | None] = dataclasses.field(default_factory=dict)
     tokens: dict[int, tuple[tuple[int, ...], ...]] = dataclasses.field(default_factory=dict)
+    moved: dict[int, Any] = dataclasses.field(default_factory=dict)
     uses: dict[tuple[str, ...], int] = dataclasses.field(default_factory=dict)
     trips: int = 1
     stack: tuple[int, ...] = ()
@@ -76,6 +76,10 @@ class Context:
 
     def where(self, eqn: Any) -> str:
         return f"{eqn.primitive.name} @ {compat.source_line(eqn) or self.line or 'unknown line'}"
+
+    def holds_moved(self, eqn: Any) -> bool:
+        """Whether an equation inside this one has to be evaluated in another place."""
+        return id(eqn) in self.moved and bool(compat.sub_jaxprs(eqn))
 
     def whole(self, leaf: Leaf, eqn: Any, why: str = "") -> Any:
         """Form a leaf whole for a consumer that has no rule, if that is allowed."""
@@ -174,7 +178,8 @@ def forwarded(jaxpr: Any) -> list[int | None]:
     return [None if isinstance(v, compat.Literal) else source.get(v) for v in jaxpr.outvars]
 
 
-def run(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], wanted: Sequence[bool] | None = None) -> list[Any]:
+def run(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any],
+        wanted: Sequence[bool] | None = None) -> list[Any]:
     """Evaluate a jaxpr; inputs and outputs may be arrays, `Leaf` or `Pending`. Unwanted outputs may be None."""
     wanted = [True] * len(jaxpr.outvars) if wanted is None else list(wanted)
     env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
@@ -191,8 +196,9 @@ def run(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], wa
     for eqn, k in zip(jaxpr.eqns, keep, strict=True):
         if not k:
             continue
+        eqn = ctx.moved.get(id(eqn), eqn)
         values = [read(v) for v in eqn.invars]
-        if any(isinstance(v, (Leaf, Pending)) for v in values):
+        if any(isinstance(v, (Leaf, Pending)) for v in values) or ctx.holds_moved(eqn):
             needed = [v in last for v in eqn.outvars]
             outs = _dispatch(ctx, eqn, values, needed)
         else:
@@ -208,7 +214,7 @@ def _dispatch(ctx: Context, eqn: Any, values: list[Any], wanted: list[bool]) -> 
         if passed is not None:
             return passed
         values = [flush(v) for v in values]
-        if not any(isinstance(v, Leaf) for v in values):
+        if not any(isinstance(v, Leaf) for v in values) and not ctx.holds_moved(eqn):
             return compat.rebind(eqn, values)
     if name in ELEMENTWISE and ctx.sited:
         passed = _pass_sited(ctx, eqn, values)
@@ -227,6 +233,9 @@ def _dispatch(ctx: Context, eqn: Any, values: list[Any], wanted: list[bool]) -> 
             why = str(error)
     else:
         why = ""
+    if ctx.holds_moved(eqn):
+        raise CallError(f"{ctx.where(eqn)} reads a fixed token out of sight of the virtual tokens before it; read the "
+                        "token outside of it")
     return compat.rebind(eqn, [ctx.whole(v, eqn, why) if isinstance(v, Leaf) else v for v in values])
 
 

@@ -19,7 +19,21 @@ import jax.numpy as jnp
 
 from jpeft.core.einsum import Dot, Letters, arrange
 from jpeft.core.factor import AlongFn, Factor, Unsupported, factor, reshape_groups
-from jpeft.core.ops import Expr, MapFn, Op, Shape, along, contract, map_arrays, materialise, node, permute, reshape, scale, sizes_of
+from jpeft.core.ops import (
+    Expr,
+    MapFn,
+    Op,
+    Shape,
+    along,
+    contract,
+    map_arrays,
+    materialise,
+    node,
+    permute,
+    reshape,
+    scale,
+    sizes_of,
+)
 from jpeft.core.site import widest
 
 Arrays = dict[str, jax.Array]
@@ -42,9 +56,9 @@ def follow(axes: tuple[int, ...], old: Shape, new: Shape) -> tuple[int, ...]:
     return tuple(d for _, d in sorted(moved, key=lambda m: m[0]))
 
 
-def apply_map(fn: LinearFn, theta: dict[str, Factor], x: jax.Array, xl: Letters, wl: Letters,
-              src: Letters, dst: Letters, n_dst: int, dst_shape: Sequence[int], transposed: bool) -> tuple[jax.Array, Letters]:
-    """Apply `fn` (or its transpose) to the letters `src` of `x`; they are replaced by `dst`, stack letters come first."""
+def apply_map(fn: LinearFn, theta: dict[str, Factor], x: jax.Array, xl: Letters, wl: Letters, src: Letters,
+              dst: Letters, n_dst: int, dst_shape: Sequence[int], transposed: bool) -> tuple[jax.Array, Letters]:
+    """Apply `fn` (or its transpose) to the letters `src` of `x`: `dst` replaces them, stack letters come first."""
     if any(c not in xl for c in src):
         raise Unsupported("a structured adapter contracted over a part of its inputs")
     named = {k: f.named(wl, dict.fromkeys(f.extras, -1)) for k, f in theta.items()}
@@ -259,6 +273,7 @@ def rotated(of: Expr, theta: Arrays, fn: LinearFn, stack: Sequence[int], axes: S
     return Rotated(of, stacked(theta, stack, len(of.shape)), tuple(of.shape), fn, tuple(axes))
 
 
-def linear(shape: Shape, theta: Arrays, fn: LinearFn, stack: Sequence[int], ins: Sequence[int], outs: Sequence[int]) -> Linear:
+def linear(shape: Shape, theta: Arrays, fn: LinearFn, stack: Sequence[int], ins: Sequence[int],
+           outs: Sequence[int]) -> Linear:
     """Additive map `x [..., in] -> fn(theta, x) [..., out]`: theta entries are `[*stack, ...]`."""
     return Linear(stacked(theta, stack, len(shape)), tuple(shape), fn, tuple(ins), tuple(outs))

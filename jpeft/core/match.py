@@ -89,7 +89,8 @@ def _hits(pattern: Pattern, sites: Mapping[str, Site]) -> list[str]:
         try:
             regex = re.compile(pattern)
         except re.error as error:
-            raise PlanError(f"rule {pattern!r} is no regular expression: {error}; escape its special characters") from error
+            raise PlanError(
+                f"rule {pattern!r} is no regular expression: {error}; escape its special characters") from error
         return [p for p in sites if regex.fullmatch(p)]
     if callable(pattern):
         return [p for p, s in sites.items() if pattern(p, s)]
@@ -143,11 +144,13 @@ def resolve(rules: Mapping[Pattern, Method], exclude: Sequence[Pattern],
     """
     if not rules:
         raise NoMatchError("rules is empty; pass an ordered mapping pattern -> method, as {'all-linear': jpeft.LoRA()}")
-    out = {p for pattern in ((exclude,) if isinstance(exclude, str) else exclude) for p in find(pattern, sites, "exclude")}
+    excluded = (exclude,) if isinstance(exclude, str) else exclude
+    out = {p for pattern in excluded for p in find(pattern, sites, "exclude")}
     chosen: dict[str, tuple[Method, tuple[int, ...] | None]] = {}
     for pattern, method in rules.items():
         if not isinstance(method, Method):
-            raise PlanError(f"rule {_name(pattern)} maps to {method!r}; give an instance of a method, as jpeft.LoRA(rank=8)")
+            raise PlanError(f"rule {_name(pattern)} maps to {method!r}; "
+                            "give an instance of a method, as jpeft.LoRA(rank=8)")
         hits = {p: limit for p, limit in find(pattern, sites, "rule").items() if p not in out}
         fresh = {p: limit for p, limit in hits.items() if p not in chosen}
         if not fresh:
@@ -163,11 +166,12 @@ def resolve(rules: Mapping[Pattern, Method], exclude: Sequence[Pattern],
 def _check(path: str, site: Site, method: Method, pattern: Pattern) -> None:
     name = type(method).__name__
     if site.use == "unused":
-        raise UnusedLeafError(f"rule {_name(pattern)} targets {path!r}, which the model does not read with these example "
-                              "arguments; exclude it, or pass uses=[...] with the function that reads it")
+        raise UnusedLeafError(f"rule {_name(pattern)} targets {path!r}, which the model does not read with these "
+                              "example arguments; exclude it, or pass uses=[...] with the function that reads it")
     if site.use == "other" and site.problems and "other" not in method.uses:
-        raise UnsupportedUse(f"{name} cannot ride on {path!r}: {site.problems[0]} needs the whole adapted weight; exclude the "
-                             "leaf, register a rule (jpeft.register_rule), or pass materialise=[...] to jpeft.plan")
+        raise UnsupportedUse(f"{name} cannot ride on {path!r}: {site.problems[0]} needs the whole adapted weight; "
+                             "exclude the leaf, register a rule (jpeft.register_rule), or pass materialise=[...] to "
+                             "jpeft.plan")
     if site.use not in method.uses:
         read = f" ({'; '.join(site.consumers[:2])})" if site.consumers else ""
         raise WrongUseError(f"{name} cannot ride on {path!r}, which the model uses as {site.use}{read}; "

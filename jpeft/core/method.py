@@ -108,7 +108,8 @@ class Method:
 
     def neutral(self, site: Site, theta: Theta) -> Theta:
         """Return values for trainable entries at which the method does nothing, for layers that a rule leaves out."""
-        raise MethodConfigError(f"{type(self).__name__} cannot be limited to some layers of the stacked leaf {site.path!r}")
+        raise MethodConfigError(
+            f"{type(self).__name__} cannot be limited to some layers of the stacked leaf {site.path!r}")
 
     def live(self, site: Site) -> dict[str, Any]:
         """Return, per trainable entry, a numpy 0/1 mask of the entries that can ever matter; {} means all."""
@@ -165,7 +166,8 @@ def decode(data: dict[str, Any]) -> Method:
 
     name = data.get("method", "")
     if name not in Method.registry:
-        raise PlanError(f"method {name!r} is unknown ({nearest(name, Method.registry)}); import the module that defines it")
+        raise PlanError(f"method {name!r} is unknown ({nearest(name, Method.registry)}); "
+                        "import the module that defines it")
     try:
         return Method.registry[name](**{k: value(v) for k, v in data.items() if k != "method"})
     except TypeError as error:

@@ -117,7 +117,8 @@ def cast(e: Expr, dtype: Any) -> Expr:
     if not isinstance(e, Op):
         return e.astype(dtype)
     if isinstance(e, Sum):
-        return Sum((cast(e.parts[0], dtype), *(p if isinstance(p, Op) else p.astype(dtype) for p in e.parts[1:])), e.shape)
+        rest = (p if isinstance(p, Op) else p.astype(dtype) for p in e.parts[1:])
+        return Sum((cast(e.parts[0], dtype), *rest), e.shape)
     return _inside(e, lambda of: cast(of, dtype)) if hasattr(e, "of") else e
 
 

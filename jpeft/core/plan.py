@@ -149,13 +149,15 @@ class Plan:
         """
         try:
             sites = {s["path"]: Site.from_json(s) for s in data["sites"]}
-            entries = tuple(Entry(sites[e["path"]], decode(e["method"]), None if e["layers"] is None else tuple(e["layers"]),
-                                  e["start"]) for e in data["entries"])
+            entries = tuple(
+                Entry(sites[e["path"]], decode(e["method"]), None if e["layers"] is None else tuple(e["layers"]),
+                      e["start"]) for e in data["entries"])
             tokens = None if data["tokens"] is None else Tokens.from_json(data["tokens"])
             return cls(entries, tuple(sites.values()), tokens, tuple(data["materialise"]),
                        tuple(data["sited"]))
         except (KeyError, TypeError) as error:
-            raise PlanError(f"the plan's JSON is incomplete or of another version ({error!r}); write it with to_json") from error
+            raise PlanError(
+                f"the plan's JSON is incomplete or of another version ({error!r}); write it with to_json") from error
 
     def check_params(self, names: Sequence[str], leaves: Sequence[Any]) -> None:
         """Raise `PathError` unless these leaves are the planned ones."""

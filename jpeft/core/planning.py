@@ -23,13 +23,14 @@ def _arrange_tokens(entries: list[Entry], tokens: Tokens | None) -> list[Entry]:
     if not virtual:
         return entries
     if tokens is None:
-        raise PlanError(f"{type(virtual[0].method).__name__} adds virtual tokens; pass tokens=jpeft.Tokens(ids=0) to say "
-                        "which argument holds the tokens")
+        raise PlanError(f"{type(virtual[0].method).__name__} adds virtual tokens; pass tokens=jpeft.Tokens(ids=0) to "
+                        "say which argument holds the tokens")
     lengths = {e.method.virtual_tokens for e in virtual if e.site.use == "linear"}
     prompts = [e for e in virtual if e.site.use != "linear"]
     if len(lengths) > 1 or len(prompts) > 1:
         found = f"lengths {sorted(lengths)}" if len(lengths) > 1 else f"prompts on {[e.path for e in prompts]}"
-        raise PlanError(f"virtual tokens must agree, found {found}; use one prefix length and one prompt on the token embedding")
+        raise PlanError(f"virtual tokens must agree, found {found}; "
+                        "use one prefix length and one prompt on the token embedding")
     start = next(iter(lengths), 0)
     return [dataclasses.replace(e, start=start) if e in prompts else e for e in entries]
 
@@ -44,8 +45,8 @@ def plan(apply: Apply, params: Any, example_args: Sequence[Any], rules: Mapping[
         apply: pure function `apply(params, *args, **kwargs)` that `jax.jit` accepts.
         params: any pytree of arrays or `jax.ShapeDtypeStruct`.
         example_args: positional arguments; arrays (or structs) are traced, everything else is static.
-        rules: ordered mapping pattern -> method; the first match wins. A pattern is a regular expression that must match
-            a whole path `a/b/c`, a predicate `(path, site) -> bool`, `jpeft.layers(pattern, range)`, or a word:
+        rules: ordered mapping pattern -> method; the first match wins. A pattern is a regular expression that must
+            match a whole path `a/b/c`, a predicate `(path, site) -> bool`, `jpeft.layers(pattern, range)`, or a word:
             `"all-linear"` (every contraction weight but the output head), `"attention"`, `"mlp"`, `"embedding"`,
             `"conv"`, `"bias"`, `"norm"`.
         example_kwargs: keyword arguments of the example call.
@@ -53,9 +54,9 @@ def plan(apply: Apply, params: Any, example_args: Sequence[Any], rules: Mapping[
         exclude: patterns of leaves that no rule may take.
         tokens: which arguments and outputs carry the token axis, for methods that add virtual tokens.
         materialise: patterns of leaves whose adapted weight may be formed whole where no rule exists.
-        site: patterns of leaves with *site* semantics: the adapter is added at the contraction, and elementwise operations
-            on the way (a dequantisation) act on the base alone. Integer leaves always have it. All others have *value*
-            semantics: every use sees W + dW.
+        site: patterns of leaves with *site* semantics: the adapter is added at the contraction, and elementwise
+            operations on the way (a dequantisation) act on the base alone. Integer leaves always have it. All others
+            have *value* semantics: every use sees W + dW.
 
     Returns:
         An immutable, hashable `Plan`.

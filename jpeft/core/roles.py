@@ -22,7 +22,8 @@ from jpeft.core.trace import Apply, Traced, trace
 class _Notes:
     """What was seen of one leaf."""
 
-    contracted: dict[Any, tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = dataclasses.field(default_factory=dict)
+    contracted: dict[Any, tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = dataclasses.field(
+        default_factory=dict)
     rows: dict[Any, int] = dataclasses.field(default_factory=dict)
     others: dict[str, set[str]] = dataclasses.field(default_factory=dict)
     consumers: dict[str, None] = dataclasses.field(default_factory=dict)
@@ -75,12 +76,13 @@ class _Watch:
             notes, shape = self.notes[origin.path], self.shapes[origin.path]
             outs = (frozenset().union(*origin.dims) if origin.dims else frozenset()) - ins
             rest = tuple(d for d in range(len(shape)) if d not in ins and d not in outs)
-            notes.contracted.setdefault((look.key, "rows"), ("embedding", tuple(sorted(ins)), tuple(sorted(outs)), rest))
-            notes.rows[(look.key, "rows")] = look.rows
+            key = (look.key, "rows")
+            notes.contracted.setdefault(key, ("embedding", tuple(sorted(ins)), tuple(sorted(outs)), rest))
+            notes.rows[key] = look.rows
             notes.consumers[look.where] = None
 
     def bias(self, paths: Sequence[str], leaf: Leaf) -> bool:
-        """Note a leaf that is added to an output; False for one that is more than a number per unit (position tables)."""
+        """Note a leaf that is added to an output; False for one of more than a number per unit (position tables)."""
         bias, dims = leaf.origins[0].path, leaf.origins[0].dims
         if math.prod(self.shapes[bias]) > sum(self._units(p) for p in paths):
             return False
@@ -155,7 +157,8 @@ def analyse(traced: Traced, leaves: Sequence[Any], sited: Collection[str] = ()) 
 
 def integer_leaves(names: Sequence[str], leaves: Sequence[Any]) -> list[str]:
     """Leaves of integer codes: their adapters can only enter at the contraction, behind the dequantisation."""
-    return [n for n, v in zip(names, leaves, strict=True) if not compat.is_extended(v) and jnp.issubdtype(v.dtype, jnp.integer)]
+    return [n for n, v in zip(names, leaves, strict=True)
+            if not compat.is_extended(v) and jnp.issubdtype(v.dtype, jnp.integer)]
 
 
 def _explicit(x: Any) -> Any:
@@ -171,7 +174,7 @@ def _track(name: str, value: Any) -> Any:
 
 
 def unite(a: Site, b: Site) -> Site:
-    """The roles of a leaf that two functions use: look-up and contraction make it tied; else the first that reads it."""
+    """The roles of a leaf that two functions use: look-up and contraction tie it; else the first that reads it."""
     if a.use == "unused":
         return b
     if b.use == "unused" or a == b:
@@ -184,7 +187,8 @@ def unite(a: Site, b: Site) -> Site:
         first, use = b, b.use
     return dataclasses.replace(
         first, use=use, rows=a.rows + b.rows, bias=a.bias or b.bias,
-        consumers=tuple(dict.fromkeys(a.consumers + b.consumers)), problems=tuple(dict.fromkeys(a.problems + b.problems)))
+        consumers=tuple(dict.fromkeys(a.consumers + b.consumers)),
+        problems=tuple(dict.fromkeys(a.problems + b.problems)))
 
 
 def as_matrix(site: Site) -> Site:
@@ -213,7 +217,8 @@ def inspect(apply: Apply, params: Any, example_args: Sequence[Any], *,
 
     Example:
         >>> import jax.numpy as jnp, jpeft
-        >>> sites = jpeft.inspect(lambda p, x: x @ p["w"] + p["b"], {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}, (jnp.ones((2, 3)),))
+        >>> params = {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
+        >>> sites = jpeft.inspect(lambda p, x: x @ p["w"] + p["b"], params, (jnp.ones((2, 3)),))
         >>> sites["w"].use, sites["w"].in_dims, sites["w"].out_dims, sites["w"].bias
         ('linear', (0,), (1,), 'b')
     """

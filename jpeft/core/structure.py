@@ -237,4 +237,4 @@ def _shard_map(ctx: Context, eqn: Any, values: list[Any], wanted: list[bool]) ->
 
 @register("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 def _custom(ctx: Context, eqn: Any, values: list[Any], wanted: list[bool]) -> Sequence[Any]:
-    raise Unsupported("a function with a custom derivative takes the weight; its derivative rule cannot see the adapter")
+    raise Unsupported("a function with a custom derivative takes the weight; its rule cannot see the adapter")

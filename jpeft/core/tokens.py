@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,8 @@ def _pad_left(x: Any, n: int, axis: int, value: Any) -> jax.Array:
     return jnp.concatenate([jnp.broadcast_to(jnp.asarray(value, x.dtype), shape), x], axis)
 
 
-def pad(tokens: Tokens, n: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def pad(tokens: Tokens, n: int, args: Sequence[Any],
+        kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Pad the arguments of one call by `n` virtual tokens on the left.
 
     Raises:
@@ -78,7 +79,8 @@ def pad(tokens: Tokens, n: int, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     ids, axis = get(tokens.ids), tokens.token_axis
     if ids is None or jnp.ndim(ids) <= axis:
         raise CallError(f"jpeft.Tokens says that argument {tokens.ids!r} holds the tokens with axis {axis}, found "
-                        f"{'nothing' if ids is None else f'shape {jnp.shape(ids)}'}; name the right one in Tokens(ids=...)")
+                        f"{'nothing' if ids is None else f'shape {jnp.shape(ids)}'}; name the right one in "
+                        "Tokens(ids=...)")
     length = ids.shape[axis]
     put(tokens.ids, _pad_left(ids, n, axis, tokens.fill if jnp.issubdtype(ids.dtype, jnp.integer) else 0))
     positions = get(tokens.positions)
@@ -103,7 +105,8 @@ def _pad_mask(mask: jax.Array, n: int, axis: int, length: int) -> jax.Array:
     if not axes:
         raise CallError(f"the mask has shape {mask.shape}, no dim of which is the token length {length}; "
                         "pass a [B, T] mask or one whose last dims are T")
-    visible = True if mask.dtype == jnp.bool_ else 1 if mask.ndim == 2 or not jnp.issubdtype(mask.dtype, jnp.floating) else 0
+    additive = mask.ndim != 2 and jnp.issubdtype(mask.dtype, jnp.floating)
+    visible = True if mask.dtype == jnp.bool_ else 0 if additive else 1
     for d in axes:
         mask = _pad_left(mask, n, d, visible)
     return mask
@@ -117,28 +120,80 @@ def strip(tokens: Tokens, n: int, outs: Sequence[Any], shapes: Sequence[tuple[in
         if tokens.strip is not None and i not in tokens.strip:
             continue
         if tokens.strip is not None and not grown:
-            raise CallError(f"output {i} has shape {tuple(out.shape)}, which has no token axis; drop it from Tokens(strip=...)")
+            raise CallError(f"output {i} has shape {tuple(out.shape)}, which has no token axis; drop it from "
+                            "Tokens(strip=...)")
         for d in grown:
             result[i] = lax.slice_in_dim(result[i], n, out.shape[d], axis=d)
     return result
 
 
-def twins(padded: Any, plain: Any) -> dict[int, tuple[tuple[int, ...], ...]]:
-    """For each equation of the padded jaxpr, by id, the output shapes of its twin in the plain one.
+class Twins(NamedTuple):
+    """What the trace without virtual tokens tells of the one with them, by the id of an equation of the latter.
+
+    Attributes:
+        shapes: the output shapes without virtual tokens.
+        moved: `slice` equations that take a fixed window at the start of the tokens (`x[:, 0]`, a class token), moved
+            behind the virtual tokens; the equations around them, as they are.
+    """
+
+    shapes: dict[int, tuple[tuple[int, ...], ...]]
+    moved: dict[int, Any]
+
+
+def twins(padded: Any, plain: Any, n: int) -> Twins:
+    """Walk the jaxprs with and without `n` virtual tokens side by side.
 
     Raises:
-        CallError: the two traces differ in more than shapes.
+        CallError: the two traces differ in more than shapes, or the model reads a token by a constant index array,
+            which cannot be moved.
     """
-    found: dict[int, tuple[tuple[int, ...], ...]] = {}
+    found = Twins({}, {})
 
-    def walk(a: Any, b: Any) -> None:
+    def walk(a: Any, b: Any, fixed: set[Any], line: str | None = None) -> bool:
+        before = len(found.moved)
         if [e.primitive.name for e in a.eqns] != [e.primitive.name for e in b.eqns]:
-            raise CallError("the model computes different operations for different token lengths, so the place of virtual "
-                            "tokens cannot be found; make its control flow independent of the length")
+            raise CallError("the model computes different operations for different token lengths, so the place of "
+                            "virtual tokens cannot be found; make its control flow independent of the length")
         for ea, eb in zip(a.eqns, b.eqns, strict=True):
-            found[id(ea)] = tuple(tuple(getattr(v.aval, "shape", ())) for v in eb.outvars)
+            old = tuple(tuple(getattr(v.aval, "shape", ())) for v in eb.outvars)
+            found.shapes[id(ea)] = old
+            known = [isinstance(v, compat.Literal) or v in fixed for v in ea.invars]
+            if all(known):
+                fixed.update(ea.outvars)
+            here = compat.source_line(ea) or line
+            window = _window(ea, eb, n, known, here)
+            if window:
+                found.moved[id(ea)] = eqn = compat.moved(ea, window, n)
+                found.shapes[id(eqn)] = old
             for sa, sb in zip(compat.sub_jaxprs(ea), compat.sub_jaxprs(eb), strict=True):
-                walk(sa, sb)
+                same = len(sa.invars) == len(known)
+                inner = {v for v, k in zip(sa.invars, known, strict=True) if k} if same else set()
+                if walk(sa, sb, inner.union(sa.constvars), here):
+                    found.moved[id(ea)] = ea
+        return len(found.moved) > before
 
-    walk(padded, plain)
+    walk(padded, plain, set(padded.constvars))
     return found
+
+
+def _window(ea: Any, eb: Any, n: int, fixed: Sequence[bool], line: str | None) -> list[int]:
+    """The axes along which a slice keeps a fixed window at the start of the tokens."""
+    name = ea.primitive.name
+    if name not in ("slice", "gather", "dynamic_slice"):
+        return []
+    wide, thin = (tuple(e.invars[0].aval.shape) for e in (ea, eb))
+    new, old = (tuple(e.outvars[0].aval.shape) for e in (ea, eb))
+    grown = [d for d, (p, q) in enumerate(zip(wide, thin, strict=True)) if p == q + n]
+    if name == "slice":
+        starts = [e.params["start_indices"] for e in (ea, eb)]
+        return [d for d in grown if new[d] == old[d] and starts[0][d] == starts[1][d]]
+    if name == "gather":
+        chosen = any(d in ea.params["dimension_numbers"].start_index_map and ea.params["slice_sizes"][d] < wide[d]
+                     for d in grown)
+        constant = chosen and new == old and fixed[1]
+    else:
+        constant = any(new[d] == old[d] and fixed[1 + d] for d in grown)
+    if constant:
+        raise CallError(f"{name} @ {line or 'unknown line'} reads a token by a constant index array, "
+                        "which virtual tokens would shift; write it as a static index or slice, such as x[:, 0]")
+    return []

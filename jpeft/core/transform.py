@@ -78,11 +78,12 @@ def _theta(plan: Plan, entry: Entry, trainable: Trainable, frozen: Frozen) -> Th
 def _check_call(plan: Plan, trainable: Any, frozen: Any, call: Call) -> None:
     wanted = {e.path for e in plan.entries}
     if not isinstance(frozen, Frozen):
-        raise CallError(f"the second argument is a {type(frozen).__name__}, not Frozen; call adapted(trainable, frozen, *inputs)")
+        raise CallError(f"the second argument is a {type(frozen).__name__}, not Frozen; call "
+                        "adapted(trainable, frozen, *inputs)")
     if not isinstance(trainable, Mapping) or set(trainable) != wanted:
         have = set(trainable) if isinstance(trainable, Mapping) else {type(trainable).__name__}
-        raise CallError(f"trainable lacks {sorted(wanted - have)[:3]} and has {sorted(have - wanted)[:3]} beyond the plan; "
-                        "pass what jpeft.init or jpeft.load returned for this plan")
+        raise CallError(f"trainable lacks {sorted(wanted - have)[:3]} and has {sorted(have - wanted)[:3]} beyond the "
+                        "plan; pass what jpeft.init or jpeft.load returned for this plan")
     for field in ("task", "adapter", "lengths"):
         if getattr(call, field) is not None and not any(field in e.method.call for e in plan.entries):
             raise CallError(f"peft=Call({field}=...) is given, but no method of the plan reads it; drop it")
@@ -117,8 +118,8 @@ def _hashable(x: Any) -> bool:
     return True
 
 
-def _evaluate(apply: Apply, plan: Plan, trainable: Trainable, frozen: Frozen, args: Sequence[Any], kwargs: Mapping[str, Any],
-              call: Call) -> Any:
+def _evaluate(apply: Apply, plan: Plan, trainable: Trainable, frozen: Frozen, args: Sequence[Any],
+              kwargs: Mapping[str, Any], call: Call) -> Any:
     """Trace `apply` once and walk the jaxpr with the adapted leaves in place."""
     n = plan.virtual_tokens
     plain_args, plain_kwargs = args, kwargs
@@ -134,7 +135,7 @@ def _evaluate(apply: Apply, plan: Plan, trainable: Trainable, frozen: Frozen, ar
     shapes: list[tuple[int, ...]] = []
     if n:
         before = trace(apply, frozen.base, plain_args, plain_kwargs)
-        ctx.tokens = twins(traced.jaxpr, before.jaxpr)
+        ctx.tokens, ctx.moved = twins(traced.jaxpr, before.jaxpr, n)
         shapes = [tuple(v.aval.shape) for v in before.jaxpr.outvars]
     inputs = _inputs(plan, traced.names, leaves, trainable, frozen, call.key)
     outs = [flush(v) for v in run(ctx, traced.jaxpr, traced.consts, (*inputs, *traced.arrays))]
@@ -155,8 +156,8 @@ def adapt(apply: Apply, plan: Plan) -> Callable[..., Any]:
         plan: made for its parameters.
 
     Returns:
-        A function for jit, grad, jvp, vmap, pmap, scan, remat and shard_map. `peft` is its only reserved keyword. Called on
-        concrete arrays outside any transformation, it is compiled once per shapes and static arguments.
+        A function for jit, grad, jvp, vmap, pmap, scan, remat and shard_map. `peft` is its only reserved keyword.
+        Called on concrete arrays outside any transformation, it is compiled once per shapes and static arguments.
 
     Raises:
         UnsupportedUse: (when called) `apply` uses a leaf in a way that would need the whole adapted weight.
@@ -171,7 +172,8 @@ def adapt(apply: Apply, plan: Plan) -> Callable[..., Any]:
         >>> bool(jnp.allclose(adapted(trainable, frozen, x), apply(params, x)))
         True
     """
-    def evaluate(trainable: Trainable, frozen: Frozen, args: Sequence[Any], kwargs: Mapping[str, Any], call: Call) -> Any:
+    def evaluate(trainable: Trainable, frozen: Frozen, args: Sequence[Any], kwargs: Mapping[str, Any],
+                 call: Call) -> Any:
         _check_call(plan, trainable, frozen, call)
         return _evaluate(apply, plan, trainable, frozen, args, kwargs, call)
 
@@ -202,7 +204,8 @@ def verify(apply: Apply, plan: Plan, params: Any, args: Sequence[Any], kwargs: M
 
     def call(trainable: Any, theta: Any, base: Any, given: Sequence[Any]) -> Any:
         it = iter(given)
-        a, kw = jax.tree_util.tree_unflatten(treedef, [next(it) if t else x for x, t in zip(leaves, arrays, strict=True)])
+        filled = [next(it) if t else x for x, t in zip(leaves, arrays, strict=True)]
+        a, kw = jax.tree_util.tree_unflatten(treedef, filled)
         outs = adapt(apply, plan)(trainable, Frozen(base, theta), *a, peft=Call(key=jax.random.key(0)), **kw)
         return [x for x in jax.tree_util.tree_leaves(outs) if isinstance(x, jax.Array)]
 
@@ -251,8 +254,8 @@ def merge(plan: Plan, trainable: Trainable, frozen: Frozen, *, partial: bool = F
 
 def _merged(plan: Plan, entry: Entry, leaf: Any, trainable: Trainable, frozen: Frozen) -> jax.Array:
     if entry.path in plan.sited:
-        raise NotMergeable(f"{entry.path!r} ({leaf.dtype}) has site semantics: its adapter is no part of the stored value; "
-                           "dequantise the base first, then merge")
+        raise NotMergeable(f"{entry.path!r} ({leaf.dtype}) has site semantics: its adapter is no part of the stored "
+                           "value; dequantise the base first, then merge")
     wide = jnp.asarray(leaf).astype(widest(jnp.float32, leaf.dtype))
     return entry.method.merge(entry.site, wide, _theta(plan, entry, trainable, frozen))
 
@@ -267,7 +270,8 @@ def merge_error(plan: Plan, trainable: Trainable, frozen: Frozen) -> dict[str, j
         except NotMergeable:
             continue
         rounded = exact.astype(leaves[e.path].dtype).astype(exact.dtype)
-        errors[e.path] = jnp.max(jnp.abs(rounded - exact)) / jnp.maximum(jnp.max(jnp.abs(exact)), jnp.finfo(exact.dtype).tiny)
+        largest = jnp.maximum(jnp.max(jnp.abs(exact)), jnp.finfo(exact.dtype).tiny)
+        errors[e.path] = jnp.max(jnp.abs(rounded - exact)) / largest
     return errors
 
 

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jpeft.core import compat, ops
-from jpeft.core.factor import AlongFn, Factor, Unsupported, join
+from jpeft.core.factor import Factor, Unsupported, join
 from jpeft.core.interpret import Context, register
 from jpeft.core.leaf import NONE, Leaf, Origin
 
@@ -194,7 +194,8 @@ def _constraint(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Seque
 def _vary(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[Any]:
     axes = eqn.params["axes"]
     axes = axes if isinstance(axes, (tuple, list)) else (axes,)
-    return [v.map(lambda a, dims: compat.pvary(a, axes)) if isinstance(v, Leaf) else compat.pvary(v, axes) for v in values]
+    return [v.map(lambda a, dims: compat.pvary(a, axes)) if isinstance(v, Leaf) else compat.pvary(v, axes)
+            for v in values]
 
 
 @register("all_gather")
@@ -203,8 +204,8 @@ def _all_gather(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Seque
     axis = p["all_gather_dimension"]
     if not p["tiled"] or p.get("axis_index_groups") is not None:
         raise Unsupported("all_gather that adds an axis")
-    names = p["axis_name"]
-    return [leaf.along(axis, lambda a, ax: lax.all_gather(a, names, axis=ax, tiled=True), eqn.outvars[0].aval.shape[axis:axis + 1])]
+    names, size = p["axis_name"], eqn.outvars[0].aval.shape[axis]
+    return [leaf.along(axis, lambda a, ax: lax.all_gather(a, names, axis=ax, tiled=True), (size,))]
 
 
 def _scalar(ctx: Context, eqn: Any, values: list[Any], fn: Callable[[Any], Any]) -> Sequence[Any]:
@@ -299,16 +300,17 @@ def _join(parts: list[Any], axis: int) -> Any:
     if any(isinstance(p, ops.Scaled) for p in parts):
         some = next(p for p in parts if isinstance(p, ops.Scaled))
         live = tuple(alive and d != axis for d, alive in enumerate(some.s.live))
-        ones = [jnp.ones([n if alive else 1 for n, alive in zip(p.shape, live, strict=True)], some.s.array.dtype) for p in parts]
+        ones = [jnp.ones([n if alive else 1 for n, alive in zip(p.shape, live, strict=True)], some.s.array.dtype)
+                for p in parts]
         scales = [p.s if isinstance(p, ops.Scaled) else Factor(one, live) for p, one in zip(parts, ones, strict=True)]
         of = _join([p.of if isinstance(p, ops.Scaled) else p for p in parts], axis)
         return ops.Scaled(of, join(scales, axis, sizes), tuple(of.shape))
     split = [p.parts if isinstance(p, ops.Sum) else (p,) for p in parts]
-    if any(not isinstance(t, ops.Product) for s in split for t in s[1:]) or any(isinstance(s[0], ops.Op) for s in split):
+    if any(isinstance(s[0], ops.Op) or any(not isinstance(t, ops.Product) for t in s[1:]) for s in split):
         raise Unsupported("concatenate of structured adapters")
     base = jnp.concatenate([s[0] for s in split], axis)
     terms = [t for s in split for t in s[1:]]
-    kinds = {tuple((f.live, f.extras) for f in t.factors) + (t.rate, t.key is None) for t in terms}
+    kinds = {(*((f.live, f.extras) for f in t.factors), t.rate, t.key is None) for t in terms}
     if len(kinds) == 1 and max(len(s) for s in split) == 2 and not any(f.live[axis] for f in terms[0].factors):
         proto = terms[0]
         full = [s[1] if len(s) == 2 else _zero(proto, p.shape) for s, p in zip(split, parts, strict=True)]

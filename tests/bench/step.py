@@ -65,7 +65,8 @@ def main() -> None:
                 fns["full"] = lambda: full(params, x)  # noqa: B023
             t = seconds(fns, args.runs)
             name = f"{'scanned' if scanned else 'unrolled'}{' + remat' if remat else ''}"
-            print(f"{name:18s} floor {t['floor'] * 1e3:7.1f} ms   LoRA {t['lora'] * 1e3:7.1f} ms   ratio {t['lora'] / t['floor']:.2f}"
+            print(f"{name:18s} floor {t['floor'] * 1e3:7.1f} ms   LoRA {t['lora'] * 1e3:7.1f} ms   "
+                  f"ratio {t['lora'] / t['floor']:.2f}"
                   + (f"   full {t['full'] / t['floor']:.2f}" if args.full else ""))
 
 

@@ -18,7 +18,8 @@ def _grouped(p, x):
 @pytest.fixture
 def params():
     rng = np.random.RandomState(0)
-    return {"w": jnp.asarray(rng.randint(-127, 127, (16, 8)), jnp.int8), "scale": jnp.asarray(rng.rand(4, 1, 8), jnp.float32),
+    return {"w": jnp.asarray(rng.randint(-127, 127, (16, 8)), jnp.int8),
+            "scale": jnp.asarray(rng.rand(4, 1, 8), jnp.float32),
             "zero": jnp.asarray(rng.randn(4, 1, 8), jnp.float32)}
 
 
@@ -30,7 +31,8 @@ def test_integer_leaf_keeps_its_adapter_through_the_dequantisation(params):
     t, f = jpeft.init(plan, params, jax.random.key(0))
     t = jax.tree.map(lambda a: jnp.asarray(np.random.RandomState(2).randn(*a.shape), a.dtype), t)
     want = _grouped(params, x) + 2.0 * x @ t["w"]["a"] @ t["w"]["b"]
-    np.testing.assert_allclose(jax.jit(jpeft.adapt(_grouped, plan))(t, f, x), want, rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()))
+    got = jax.jit(jpeft.adapt(_grouped, plan))(t, f, x)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()))
 
 
 def test_integer_leaf_does_not_merge(params):
@@ -40,7 +42,8 @@ def test_integer_leaf_does_not_merge(params):
     with pytest.raises(jpeft.NotMergeable, match="dequantise the base first"):
         jpeft.merge(plan, t, f)
     kept, rest = jpeft.merge(plan, t, f, partial=True)
-    assert kept["w"] is params["w"] and set(rest) == {"w"}
+    assert kept["w"] is params["w"]
+    assert set(rest) == {"w"}
 
 
 def test_site_semantics_by_choice():
@@ -56,7 +59,8 @@ def test_site_semantics_by_choice():
     assert jpeft.Plan.from_json(plan.to_json()) == plan
     t, f = jpeft.init(plan, params, jax.random.key(0))
     t = jax.tree.map(lambda a: jnp.ones_like(a), t)
-    np.testing.assert_allclose(jpeft.adapt(apply, plan)(t, f, x), apply(params, x) + x @ t["w"]["a"] @ t["w"]["b"], rtol=1e-5)
+    want = apply(params, x) + x @ t["w"]["a"] @ t["w"]["b"]
+    np.testing.assert_allclose(jpeft.adapt(apply, plan)(t, f, x), want, rtol=1e-5)
 
 
 def test_float8_leaf_is_adapted_in_float32_and_merged_back():

@@ -22,6 +22,7 @@ from models.encoder_cases import CASES, Case, inputs, shapes, tensors, write
 import jpeft
 from jpeft.errors import CheckpointError, ModelConfigError, ModelInputError
 from jpeft.interop.checkpoint import Row
+from jpeft.interop.encoders import ENCODERS
 from jpeft.interop.pretrained import from_pretrained, save_pretrained
 from jpeft.interop.tensors import Safetensors
 from jpeft.interop.tokenizer import Tokenizer
@@ -349,7 +350,7 @@ def with_tokenizer(tmp_path: Path) -> Path:
     raw.enable_truncation(128)
     folder = write(BERT, tmp_path / "tokens")
     raw.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": {"content": "[PAD]"}, "model_max_length": 10}))
+    (folder / "tokenizer_config.json").write_text('{"pad_token": {"content": "[PAD]"}, "model_max_length": 10}')
     return folder
 
 
@@ -394,8 +395,6 @@ def test_a_damaged_tokenizer(with_tokenizer: Path, tmp_path: Path) -> None:
 
 
 def test_the_table_of_cases_covers_the_name_tables() -> None:
-    from jpeft.interop.encoders import ENCODERS
-
     assert {case.kind for case in CASES} == set(ENCODERS)
     assert {(case.kind, case.task) for case in CASES} >= {(k, "classification") for k in ENCODERS}
     assert len(shapes(BERT)) == 5 + 3 * 16 + 2

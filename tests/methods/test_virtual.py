@@ -12,7 +12,7 @@ from cases import B, D, H, K, L, T, V, encoder, make_inputs, make_params
 from support import assert_close, randomise, x64
 
 import jpeft
-from jpeft.errors import MethodConfigError, PlanError
+from jpeft.errors import CallError, MethodConfigError, PlanError
 
 N = 3
 TOKENS = jpeft.Tokens(ids=0)
@@ -174,3 +174,65 @@ def test_mistakes(mistake: str) -> None:
 def test_zero_prefix() -> None:
     plan = plan_of({"layers/(key|value)/kernel": jpeft.PrefixTuning(length=2, init_weights="zero")})
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(jpeft.init(plan, make_params(), jax.random.key(0))[0]))
+
+
+POOLS = {
+    "first": lambda h: h[:, 0],
+    "two": lambda h: h[:, :2].reshape(len(h), -1),
+    "last": lambda h: h[:, -1],
+    "strided": lambda h: h[:, 1:4:2].sum(1),
+}
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_fixed_token_stays_that_token(pool: str) -> None:
+    """A class token is read where it stands: behind the virtual tokens, inside a jitted function too."""
+    read = jax.jit(POOLS[pool])
+
+    def pooled(params: Any, ids: jax.Array, prefix: Any = None) -> jax.Array:
+        return read(model(params, ids, False, prefix))
+
+    with x64():
+        params, ids = model_params(False), make_inputs()[0]
+        rules = {r"layers/\d/(key|value)": jpeft.PrefixTuning(length=N)}
+        plan = jpeft.plan(pooled, params, (ids,), rules, tokens=TOKENS)
+        start, frozen = jpeft.init(plan, params, jax.random.key(0))
+        t = randomise(start, 5, 1.0)
+        pairs = [[t[f"layers/{i}/{n}"]["p"] for n in ("key", "value")] for i in range(2)]
+        prefix = jnp.stack([jnp.concatenate(pair, -1) for pair in pairs])
+        assert_close(jpeft.adapt(pooled, plan)(t, frozen, ids), pooled(params, ids, prefix), 1e-10)
+
+
+def test_looked_up_rows_of_a_fixed_token() -> None:
+    """The first token's row of an adapted embedding, before anything was made of it."""
+    apply = lambda p, ids: p["embed"][ids][:, 0] @ p["w"]  # noqa: E731
+    params, ids = {"embed": jnp.arange(12.0).reshape(6, 2), "w": jnp.ones((2, 3))}, jnp.asarray([[4, 1], [2, 0]])
+    plan = jpeft.plan(apply, params, (ids,), {"embed": jpeft.PromptTuning(length=2)}, tokens=TOKENS)
+    t, f = jpeft.init(plan, params, jax.random.key(0))
+    assert_close(jpeft.adapt(apply, plan)(t, f, ids), apply(params, ids), 1e-6)
+
+
+FIXED = {
+    "gather": lambda h: h[:, jnp.asarray([0, 2])],
+    "dynamic_slice": lambda h: jax.lax.dynamic_index_in_dim(h, 0, 1, False),
+}
+
+
+@pytest.mark.parametrize("primitive", FIXED)
+def test_a_constant_index_array_cannot_be_moved(primitive: str) -> None:
+    apply = lambda p, ids: FIXED[primitive](jnp.tanh(p["embed"][ids]))  # noqa: E731
+    params, ids = {"embed": jnp.ones((6, 2))}, jnp.zeros((2, 4), jnp.int32)
+    with pytest.raises(CallError, match=rf"{primitive} @ .*test_virtual.py:\d+ reads a token by a constant index"):
+        jpeft.plan(apply, params, (ids,), {"embed": jpeft.PromptTuning(length=2)}, tokens=TOKENS)
+
+
+def test_a_fixed_token_inside_a_custom_derivative() -> None:
+    @jax.custom_jvp
+    def first(h: jax.Array) -> jax.Array:
+        return h[:, 0]
+
+    first.defjvp(lambda h, dh: (first(*h), first(*dh)))
+    params, ids = {"embed": jnp.ones((6, 2))}, jnp.zeros((2, 4), jnp.int32)
+    with pytest.raises(CallError, match="read the token outside"):
+        jpeft.plan(lambda p, ids: first(p["embed"][ids]), params, (ids,), {"embed": jpeft.PromptTuning(length=2)},
+                   tokens=TOKENS)
