@@ -6,6 +6,7 @@ Reading order: `core.method` (the protocol), `methods.lora` (a method), `core.op
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 import jpeft.core.structure
@@ -32,18 +33,26 @@ from jpeft.methods import __all__ as _methods
 
 if TYPE_CHECKING:
     from jpeft.interop.nnx import from_nnx
+    from jpeft.interop.pretrained import from_pretrained, save_pretrained
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "Call", "Frozen", "Identity", "Method", "NotMergeable", "Plan", "Site", "Tokens", "adapt", "base", "combine",
-    "explain", "fingerprint", "from_nnx", "init", "inspect", "layers", "load", "mask", "merge", "merge_error",
-    "multiply", "optim", "partition", "penalty", "plan", "register_rule", "save", *_methods,
+    "explain", "fingerprint", "from_nnx", "from_pretrained", "init", "inspect", "layers", "load", "mask", "merge",
+    "merge_error", "multiply", "optim", "partition", "penalty", "plan", "register_rule", "save", "save_pretrained",
+    *_methods,
 ]
+
+# What needs more than jax, optax and numpy is loaded when it is first asked for.
+_LATE = {
+    "from_nnx": "jpeft.interop.nnx",
+    "from_pretrained": "jpeft.interop.pretrained",
+    "save_pretrained": "jpeft.interop.pretrained",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "from_nnx":
-        from jpeft.interop.nnx import from_nnx
-        return from_nnx
+    if name in _LATE:
+        return getattr(importlib.import_module(_LATE[name]), name)
     raise AttributeError(f"module 'jpeft' has no attribute {name!r}")

@@ -100,3 +100,87 @@ class ModelConfigError(JpeftError, ValueError):
 
 class ModelInputError(JpeftError, ValueError):
     """A model was called with inputs that it has no parameters for."""
+
+
+class ConfigError(JpeftError, ValueError):
+    """A configuration file, or a value set on the command line, does not say what to run."""
+
+
+class RunError(JpeftError, ValueError):
+    """A run folder is there already, is not there, is incomplete, or belongs to another configuration."""
+
+
+class DataError(JpeftError, ValueError):
+    """Base class of the errors of data sets: reading, splitting, encoding, batching."""
+
+
+class DataFileError(DataError):
+    """A data file is absent, of a kind that is not read, or damaged."""
+
+
+class ColumnError(DataError):
+    """A table has no such column, or it holds something else than it is used for."""
+
+
+class EmptyDataError(DataError):
+    """There are no rows where rows are needed."""
+
+
+class MissingValueError(DataError):
+    """A row lacks its text or its label."""
+
+
+class LabelError(DataError):
+    """The classes are not a list of classes, or a label is none of them."""
+
+
+class SplitError(DataError):
+    """The rows cannot be divided in this way."""
+
+
+class RowLengthError(DataError):
+    """A row is longer than what it has to fit in, or a length limit leaves no room for a row."""
+
+
+class BatchingError(DataError):
+    """Batches cannot be made like this: a size, a bucket, a seed or a batch number is not one."""
+
+
+class DataPositionError(DataError):
+    """A position in the stream of batches belongs to other batches, or is none."""
+
+
+class TrainConfigError(JpeftError, ValueError):
+    """An argument of the optimiser, of the training loop or of its checkpoints has a value that makes no sense."""
+
+
+class LossFunctionError(JpeftError, TypeError):
+    """A loss function, or what it was given to train, is not what the training step can use."""
+
+
+class NonFiniteLossError(JpeftError, ArithmeticError):
+    """A loss, a gradient norm, an evaluation or a parameter is NaN or infinite."""
+
+
+class BatchesError(JpeftError, ValueError):
+    """Batches end before the training does, are empty, or cannot say where they stand."""
+
+
+class CheckpointWriteError(JpeftError, OSError):
+    """A training checkpoint cannot be written; those before are intact."""
+
+
+class CheckpointOrderError(JpeftError, ValueError):
+    """The folder of checkpoints holds steps of another run, or of a later part of this one."""
+
+
+class CheckpointMismatchError(JpeftError, ValueError):
+    """A training checkpoint was made by another configuration, or for other trainable parameters."""
+
+
+class DamagedCheckpointsError(JpeftError, ValueError):
+    """No training checkpoint of a folder can be read."""
+
+
+class ReportError(JpeftError, ValueError):
+    """A file of metrics or a summary is damaged, cannot be written, or holds nothing to show."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jpeft.core import compat, ops
@@ -51,9 +52,21 @@ def _pick(ctx: Context, eqn: Any, values: list[Any]) -> int:
     if len(adapted) == 2:
         raise Unsupported("two adapted leaves are multiplied with each other")
     weight = (adapted or where)[-1]
+    if len(where) == 2 and not adapted and _weight_first(eqn, values):
+        weight = 0
     if len(where) == 2:
         values[1 - weight] = ctx.whole(values[1 - weight], eqn)
     return weight
+
+
+def _weight_first(eqn: Any, values: Sequence[Leaf]) -> bool:
+    """Whether, of two leaves, the first is the weight: `W [out, in]` times the rows of a smaller one (vmapped `W @ x`).
+
+    Elsewhere the second is: learned tokens, latents or positions `[n, in]` times `W [in, out]`.
+    """
+    con = eqn.params["dimension_numbers"][0]
+    last = all(tuple(c) == (v.ndim - 1,) for c, v in zip(con, values, strict=False))
+    return last and np.size(values[0].op) > np.size(values[1].op)
 
 
 @register("dot_general")

@@ -59,6 +59,7 @@ class Context:
         stack: the equations around the present one.
         line: the user's line of the nearest of them that has one.
         manual: manual mesh axes, where the types do not say what varies.
+        thin: within one jaxpr, what was broadcast to a variable, and its shape with size 1 along the new dims.
     """
 
     recorder: Recorder | None = None
@@ -73,6 +74,7 @@ class Context:
     stack: tuple[int, ...] = ()
     line: str | None = None
     manual: tuple[str, ...] = ()
+    thin: dict[Any, tuple[Any, tuple[int, ...]]] = dataclasses.field(default_factory=dict)
 
     def where(self, eqn: Any) -> str:
         return f"{eqn.primitive.name} @ {compat.source_line(eqn) or self.line or 'unknown line'}"
@@ -184,6 +186,7 @@ def run(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any],
     wanted = [True] * len(jaxpr.outvars) if wanted is None else list(wanted)
     env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
     keep = alive(jaxpr, wanted)
+    ctx = dataclasses.replace(ctx, thin={})
     last: dict[Any, bool] = dict.fromkeys((v for v, w in zip(jaxpr.outvars, wanted, strict=True)
                                           if w and not isinstance(v, compat.Literal)), True)
     for eqn, k in zip(jaxpr.eqns, keep, strict=True):
@@ -203,8 +206,18 @@ def run(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any],
             outs = _dispatch(ctx, eqn, values, needed)
         else:
             outs = compat.rebind(eqn, values)
+            if eqn.primitive.name == "broadcast_in_dim":
+                ctx.thin[eqn.outvars[0]] = values[0], _before(eqn)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(v) if w else None for v, w in zip(jaxpr.outvars, wanted, strict=True)]
+
+
+def _before(eqn: Any) -> tuple[int, ...]:
+    """The shape of a broadcast's operand, laid along the dims of the result."""
+    shape = [1] * len(eqn.params["shape"])
+    for n, d in zip(eqn.invars[0].aval.shape, eqn.params["broadcast_dimensions"], strict=True):
+        shape[d] = n
+    return tuple(shape)
 
 
 def _dispatch(ctx: Context, eqn: Any, values: list[Any], wanted: list[bool]) -> Sequence[Any]:

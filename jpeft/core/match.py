@@ -127,7 +127,7 @@ def find(pattern: Pattern, sites: Mapping[str, Site], what: str) -> dict[str, tu
         if hits and beyond:
             raise NoMatchError(f"{what} {_name(pattern)}: no matched leaf has the layers {beyond}; lower the range")
     if not hits:
-        hint = nearest(inner, sites) if isinstance(inner, str) and inner not in WORDS else \
+        hint = nearest(inner, [*sites, *WORDS]) if isinstance(inner, str) and inner not in WORDS else \
             "uses found: " + ", ".join(sorted({f"{s.use}" for s in sites.values()}))
         raise NoMatchError(f"{what} {_name(pattern)} matches none of the {len(sites)} leaves; {hint}")
     return hits
@@ -142,6 +142,9 @@ def resolve(rules: Mapping[Pattern, Method], exclude: Sequence[Pattern],
         UnusedLeafError: a rule matches a leaf that the model never reads.
         WrongUseError: a method cannot ride on the leaf in the way the model uses it.
     """
+    if not isinstance(rules, Mapping):
+        raise PlanError(f"rules is a {type(rules).__name__}, not a mapping; pass {{pattern: method}}, as "
+                        "{'all-linear': jpeft.LoRA()}")
     if not rules:
         raise NoMatchError("rules is empty; pass an ordered mapping pattern -> method, as {'all-linear': jpeft.LoRA()}")
     excluded = (exclude,) if isinstance(exclude, str) else exclude

@@ -179,7 +179,9 @@ class Product(Op):
 
     def scale(self, by: Any) -> Expr:
         first = self.factors[0]
-        scaled = dataclasses.replace(first, array=first.array * jnp.asarray(by, first.array.dtype))
+        dtype = jnp.promote_types(first.array.dtype, by.dtype) if jnp.iscomplexobj(by) and hasattr(by, "dtype") \
+            else widest(first.array.dtype, jnp.complex64) if isinstance(by, complex) else first.array.dtype
+        scaled = dataclasses.replace(first, array=first.array * jnp.asarray(by, dtype))
         return self._with((scaled, *self.factors[1:]), self.key, self.shape)
 
     def _named(self, wl: Letters, fresh: int, dtype: Any) -> list[tuple[jax.Array, Letters]]:
@@ -192,6 +194,8 @@ class Product(Op):
 
     def contract(self, x: jax.Array, xl: Letters, wl: Letters, out: Letters, dot: Dot) -> jax.Array:
         x = self.drop(x, xl, wl)
+        if any(jnp.iscomplexobj(f.array) for f in self.factors):
+            x = x.astype(jnp.promote_types(x.dtype, jnp.complex64))
         sizes = sizes_of(x, xl, self.shape, wl)
         return chain(x, xl, self._named(wl, max((*xl, *wl, *out)) + 1, x.dtype), out, sizes, dot).astype(dot.dtype)
 
@@ -269,7 +273,8 @@ class Scaled(Op):
         return self._with(permute(self.of, perm), self.s.permute(perm))
 
     def reshape(self, new: Shape) -> Expr:
-        return self._with(reshape(self.of, new), self.s.reshape(self.shape, new))
+        free = tuple(d for d, live in enumerate(self.s.live) if not live)
+        return self._with(reshape(self.of, new), self.s.reshape(self.shape, new, free))
 
     def along(self, axis: int, fn: AlongFn, new: Shape, carry: bool = False) -> Expr:
         return self._with(along(self.of, axis, fn, new, carry), self.s.along(axis, fn, new))

@@ -12,7 +12,7 @@ from jpeft.core.plan import Entry, Plan
 from jpeft.core.roles import analyse, as_matrix, integer_leaves, unite
 from jpeft.core.site import Site
 from jpeft.core.tokens import Tokens
-from jpeft.core.trace import Apply, leaves_of, trace
+from jpeft.core.trace import Apply, example, leaves_of, trace
 from jpeft.core.transform import verify
 from jpeft.errors import PlanError
 
@@ -72,9 +72,9 @@ def plan(apply: Apply, params: Any, example_args: Sequence[Any], rules: Mapping[
         >>> plan.count()
         24
     """
-    functions = [(apply, tuple(example_args), dict(example_kwargs or {}))]
+    functions = [(apply, example(example_args), dict(example_kwargs or {}))]
     for use in uses:
-        functions.append((use[0], tuple(use[1]), dict(use[2]) if len(use) > 2 else {}))
+        functions.append((use[0], example(use[1]), dict(use[2]) if len(use) > 2 else {}))
     sites: dict[str, Site] = {}
     names, leaves, _ = leaves_of(params)
     sited = integer_leaves(names, leaves)

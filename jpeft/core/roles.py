@@ -15,7 +15,7 @@ from jpeft.core import compat
 from jpeft.core.interpret import Context, flush, run
 from jpeft.core.leaf import Leaf, Origin
 from jpeft.core.site import Site, Use
-from jpeft.core.trace import Apply, Traced, trace
+from jpeft.core.trace import Apply, Traced, example, trace
 
 
 @dataclasses.dataclass
@@ -51,7 +51,10 @@ class _Watch:
                 self.rows(leaf)
                 continue
             if key in notes.contracted:  # two parts of one leaf, joined
-                a, b = a.union(notes.contracted[key][1]), b.union(notes.contracted[key][2])
+                ins_before, outs_before = notes.contracted[key][1:3]
+                if a & set(outs_before) or b & set(ins_before):  # a leaf and its transpose: the first decides
+                    continue
+                a, b = a.union(ins_before), b.union(outs_before)
             b -= a
             rest = tuple(d for d in range(len(shape)) if d not in a and d not in b)
             notes.contracted[key] = (kind, tuple(sorted(a)), tuple(sorted(b)), rest)
@@ -222,5 +225,5 @@ def inspect(apply: Apply, params: Any, example_args: Sequence[Any], *,
         >>> sites["w"].use, sites["w"].in_dims, sites["w"].out_dims, sites["w"].bias
         ('linear', (0,), (1,), 'b')
     """
-    traced = trace(apply, params, example_args, example_kwargs or {})
+    traced = trace(apply, params, example(example_args), example_kwargs or {})
     return analyse(traced, jax.tree_util.tree_leaves(params))

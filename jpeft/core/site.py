@@ -14,9 +14,13 @@ Use = Literal["linear", "conv", "embedding", "tied", "bias", "scale", "other", "
 
 
 def widest(*dtypes: Any) -> Any:
-    """The dtype that holds values of all `dtypes`; 8-bit floats, which JAX does not promote, count as float32."""
-    return functools.reduce(jnp.promote_types, (
+    """The dtype that holds values of all `dtypes`; 8-bit floats, which JAX does not promote, count as float32.
+
+    Where JAX is limited to 32 bits, numpy's float64 is float32.
+    """
+    wide = functools.reduce(jnp.promote_types, (
         jnp.float32 if jnp.issubdtype(d, jnp.floating) and jnp.dtype(d).itemsize == 1 else d for d in dtypes))
+    return jax.dtypes.canonicalize_dtype(wide)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +84,9 @@ class Site:
 
     @property
     def theta_dtype(self) -> Any:
-        """float32, or float64 where the base is float64."""
+        """float32, or float64 where the base is float64 or complex128."""
+        if jnp.issubdtype(self.dtype, jnp.complexfloating):
+            return widest(jnp.float32, jnp.finfo(self.dtype).dtype)
         return widest(jnp.float32, self.dtype) if jnp.issubdtype(self.dtype, jnp.floating) else jnp.float32
 
     def matrix(self, base: jax.Array) -> jax.Array:

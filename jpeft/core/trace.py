@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jpeft.core import compat, paths
-from jpeft.errors import PathError
+from jpeft.errors import PathError, PlanError
 
 Apply = Callable[..., Any]
 
@@ -29,9 +29,23 @@ def leaves_of(params: Any) -> tuple[tuple[str, ...], list[Any], Any]:
     names, leaves, treedef = paths.flatten(params)
     for name, leaf in zip(names, leaves, strict=True):
         if not is_array(leaf):
-            raise PathError(f"params leaf {name!r} is a {type(leaf).__name__}, not an array; "
-                            "pass only the array half of the model (eqx.partition, nnx.split)")
+            number = isinstance(leaf, (bool, int, float, complex))
+            remedy = "make it an array (jnp.asarray) or close over it" if number else \
+                "pass only the array half of the model (eqx.partition, nnx.split)"
+            raise PathError(f"params leaf {name!r} is a {type(leaf).__name__}, not an array; {remedy}")
     return names, leaves, treedef
+
+
+def example(args: Any) -> tuple[Any, ...]:
+    """Return the positional arguments of an example call.
+
+    Raises:
+        PlanError: they are not in a tuple or a list.
+    """
+    if not isinstance(args, (tuple, list)):
+        raise PlanError(f"example_args is a {type(args).__name__}, not a tuple; pass the arguments after params as "
+                        "(x,) and keyword arguments as example_kwargs")
+    return tuple(args)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,6 +58,8 @@ def init(plan: Plan, params: Any, key: jax.Array, *, calibration: Any = None) ->
     """
     if calibration is not None:
         raise CallError("calibration is given, but no method of the plan reads it; drop it")
+    _check_plan(plan, "jpeft.init(plan, params, key)")
+    _check_key(key, "key")
     names, leaves, _ = leaves_of(params)
     plan.check_params(names, leaves)
     by_path = dict(zip(names, leaves, strict=True))
@@ -75,15 +77,41 @@ def _theta(plan: Plan, entry: Entry, trainable: Trainable, frozen: Frozen) -> Th
     return entry.effective({**frozen.theta.get(entry.path, {}), **trainable[entry.path]})
 
 
-def _check_call(plan: Plan, trainable: Any, frozen: Any, call: Call) -> None:
-    wanted = {e.path for e in plan.entries}
+def _check_plan(plan: Any, order: str) -> None:
+    if not isinstance(plan, Plan):
+        raise CallError(f"the plan is a {type(plan).__name__}, not a jpeft.Plan; call {order}")
+
+
+def _check_key(key: Any, what: str) -> None:
+    if not hasattr(key, "dtype") or not hasattr(key, "shape"):
+        raise CallError(f"{what} is a {type(key).__name__}, not a PRNG key; pass jax.random.key(0)")
+
+
+def _check_theta(plan: Any, trainable: Any, frozen: Any, order: str) -> None:
+    """Raise `CallError` unless the two partitions are those of the plan: paths, letters and shapes."""
+    _check_plan(plan, order)
     if not isinstance(frozen, Frozen):
-        raise CallError(f"the second argument is a {type(frozen).__name__}, not Frozen; call "
-                        "adapted(trainable, frozen, *inputs)")
-    if not isinstance(trainable, Mapping) or set(trainable) != wanted:
-        have = set(trainable) if isinstance(trainable, Mapping) else {type(trainable).__name__}
-        raise CallError(f"trainable lacks {sorted(wanted - have)[:3]} and has {sorted(have - wanted)[:3]} beyond the "
-                        "plan; pass what jpeft.init or jpeft.load returned for this plan")
+        raise CallError(f"frozen is a {type(frozen).__name__}, not jpeft.Frozen; call {order}")
+    for what, have, want in zip(("trainable", "frozen.theta"), (trainable, frozen.theta), plan.theta_shapes(),
+                                strict=True):
+        remedy = "pass what jpeft.init or jpeft.load returned for this plan"
+        paths = set(have) if isinstance(have, Mapping) else {type(have).__name__}
+        if paths != set(want):
+            raise CallError(f"{what} lacks {sorted(set(want) - paths)[:3]} and has "
+                            f"{sorted(map(str, paths - set(want)))[:3]} beyond the plan; {remedy}")
+        for path, entries in want.items():
+            shapes = {k: tuple(np.shape(v)) for k, v in have[path].items()} if isinstance(have[path], Mapping) else {}
+            if shapes != {k: v.shape for k, v in entries.items()}:
+                raise CallError(f"{what} has {shapes or type(have[path]).__name__} for {path!r}, the plan says "
+                                f"{ {k: v.shape for k, v in entries.items()} }; {remedy}")
+
+
+def _check_call(plan: Plan, trainable: Any, frozen: Any, call: Any) -> None:
+    _check_theta(plan, trainable, frozen, "adapted(trainable, frozen, *inputs)")
+    if not isinstance(call, Call):
+        raise CallError(f"peft is a {type(call).__name__}; pass peft=jpeft.Call(key=...)")
+    if call.key is not None:
+        _check_key(call.key, "peft=Call(key=...)")
     for field in ("task", "adapter", "lengths"):
         if getattr(call, field) is not None and not any(field in e.method.call for e in plan.entries):
             raise CallError(f"peft=Call({field}=...) is given, but no method of the plan reads it; drop it")
@@ -105,7 +133,7 @@ def _inputs(plan: Plan, names: Sequence[str], leaves: Sequence[Any], trainable: 
                 value = dataclasses.replace(value, fn=dataclasses.replace(value.fn, start=entry.start))
         if isinstance(value, Op) or name in watched:
             dims = tuple(frozenset({d}) for d in range(np.ndim(leaf)))
-            value = Leaf(value, (Origin(name, dims),), leaf.dtype)
+            value = Leaf(value, (Origin(name, dims),), jax.dtypes.canonicalize_dtype(leaf.dtype))
         result.append(value)
     return result
 
@@ -172,6 +200,8 @@ def adapt(apply: Apply, plan: Plan) -> Callable[..., Any]:
         >>> bool(jnp.allclose(adapted(trainable, frozen, x), apply(params, x)))
         True
     """
+    _check_plan(plan, "jpeft.adapt(apply, plan)")
+
     def evaluate(trainable: Trainable, frozen: Frozen, args: Sequence[Any], kwargs: Mapping[str, Any],
                  call: Call) -> Any:
         _check_call(plan, trainable, frozen, call)
@@ -233,7 +263,9 @@ def merge(plan: Plan, trainable: Trainable, frozen: Frozen, *, partial: bool = F
 
     Raises:
         NotMergeable: a method has no plain equivalent and `partial` is False.
+        CallError: the partitions are not those of the plan.
     """
+    _check_theta(plan, trainable, frozen, "jpeft.merge(plan, trainable, frozen)")
     names, leaves, treedef = leaves_of(frozen.base)
     plan.check_params(names, leaves)
     entries = {e.path: e for e in plan.entries}
@@ -242,7 +274,8 @@ def merge(plan: Plan, trainable: Trainable, frozen: Frozen, *, partial: bool = F
     for name, leaf in zip(names, leaves, strict=True):
         if name in entries:
             try:
-                leaf = _merged(plan, entries[name], leaf, trainable, frozen).astype(leaf.dtype)
+                new = _merged(plan, entries[name], leaf, trainable, frozen)
+                leaf = new.astype(jax.dtypes.canonicalize_dtype(leaf.dtype))
             except NotMergeable:
                 if not partial:
                     raise
@@ -262,6 +295,7 @@ def _merged(plan: Plan, entry: Entry, leaf: Any, trainable: Trainable, frozen: F
 
 def merge_error(plan: Plan, trainable: Trainable, frozen: Frozen) -> dict[str, jax.Array]:
     """Return, per merged leaf, `max|round(W') - W'| / max|W'|`: what casting back to the leaf's dtype loses."""
+    _check_theta(plan, trainable, frozen, "jpeft.merge_error(plan, trainable, frozen)")
     leaves = dict(zip(*leaves_of(frozen.base)[:2], strict=True))
     errors = {}
     for e in plan.entries:
@@ -269,7 +303,7 @@ def merge_error(plan: Plan, trainable: Trainable, frozen: Frozen) -> dict[str, j
             exact = _merged(plan, e, leaves[e.path], trainable, frozen)
         except NotMergeable:
             continue
-        rounded = exact.astype(leaves[e.path].dtype).astype(exact.dtype)
+        rounded = exact.astype(jax.dtypes.canonicalize_dtype(leaves[e.path].dtype)).astype(exact.dtype)
         largest = jnp.maximum(jnp.max(jnp.abs(exact)), jnp.finfo(exact.dtype).tiny)
         errors[e.path] = jnp.max(jnp.abs(rounded - exact)) / largest
     return errors
@@ -277,6 +311,7 @@ def merge_error(plan: Plan, trainable: Trainable, frozen: Frozen) -> dict[str, j
 
 def penalty(plan: Plan, trainable: Trainable, frozen: Frozen) -> jax.Array:
     """Return the sum of the methods' regularisers, a float32 scalar (0 where no method has one)."""
+    _check_theta(plan, trainable, frozen, "jpeft.penalty(plan, trainable, frozen)")
     total = jnp.zeros((), jnp.float32)
     for e in plan.entries:
         value = e.method.penalty(e.site, _theta(plan, e, trainable, frozen))

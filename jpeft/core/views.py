@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jpeft.core import arithmetic as arithmetic  # importing it registers its rules
 from jpeft.core import compat, ops
 from jpeft.core.factor import Factor, Unsupported, join
 from jpeft.core.interpret import Context, register
@@ -52,9 +52,10 @@ def _transpose(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequen
 
 @register("reshape", "squeeze", "expand_dims")
 def _reshape(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[Any]:
-    if eqn.params.get("dimensions") is not None and eqn.primitive.name == "reshape":
-        raise Unsupported("reshape with dimensions")
-    return [_first(values).reshape(eqn.outvars[0].aval.shape)]
+    leaf = _first(values)
+    if eqn.primitive.name == "reshape" and eqn.params.get("dimensions") is not None:
+        leaf = leaf.permute(eqn.params["dimensions"])
+    return [leaf.reshape(eqn.outvars[0].aval.shape)]
 
 
 def _repeat(n: int, a: jax.Array, axis: int) -> jax.Array:
@@ -206,76 +207,6 @@ def _all_gather(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Seque
         raise Unsupported("all_gather that adds an axis")
     names, size = p["axis_name"], eqn.outvars[0].aval.shape[axis]
     return [leaf.along(axis, lambda a, ax: lax.all_gather(a, names, axis=ax, tiled=True), (size,))]
-
-
-def _scalar(ctx: Context, eqn: Any, values: list[Any], fn: Callable[[Any], Any]) -> Sequence[Any]:
-    values = _scalars(ctx, eqn, values)
-    leaves = [v for v in values if isinstance(v, Leaf)]
-    others = [v for v in values if not isinstance(v, Leaf)]
-    if len(leaves) != 1 or any(np.size(o) != 1 for o in others):
-        raise Unsupported("multiplication by an array")
-    return [leaves[0].scale(fn(others[0]) if others else fn(None)).cast(eqn.outvars[0].aval.dtype)]
-
-
-def _scalars(ctx: Context, eqn: Any, values: list[Any]) -> list[Any]:
-    """Take tracked leaves of one element, that meet a larger one, as the scalars they are."""
-    if sum(isinstance(v, Leaf) for v in values) < 2 or all(np.size(v.op) == 1 for v in values if isinstance(v, Leaf)):
-        return values
-    result = []
-    for v in values:
-        if isinstance(v, Leaf) and not v.adapted and np.size(v.op) == 1:
-            if ctx.recorder is not None:
-                ctx.recorder.other(v, "scale", ctx.where(eqn), problem=True)
-            v = v.op
-        result.append(v)
-    return result
-
-
-@register("mul")
-def _mul(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[Any]:
-    values = _scalars(ctx, eqn, values)
-    if ctx.recorder is not None and not any(np.size(v) == 1 for v in values if not isinstance(v, Leaf)):
-        return _elementwise(ctx, eqn, values, "scale")
-    return _scalar(ctx, eqn, values, lambda s: jnp.reshape(s, ()))
-
-
-@register("neg")
-def _neg(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[Any]:
-    return _scalar(ctx, eqn, values, lambda s: -1)
-
-
-@register("div")
-def _div(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[Any]:
-    if isinstance(values[0], Leaf) and np.size(values[1]) == 1:
-        leaf = values[0]
-        return _scalar(ctx, eqn, values, lambda s: jnp.reshape(1 / jnp.asarray(s, leaf.dtype), ()))
-    if ctx.recorder is not None:
-        return _elementwise(ctx, eqn, values, "scale")
-    raise Unsupported("division")
-
-
-@register("add", "sub", "add_any")
-def _add(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[Any]:
-    values = _scalars(ctx, eqn, values)
-    leaves = [v for v in values if isinstance(v, Leaf)]
-    if all(not leaf.adapted for leaf in leaves):
-        plain = [v.op if isinstance(v, Leaf) else v for v in values]
-        if len(leaves) == 1 and all(np.size(v) == 1 for v in values if not isinstance(v, Leaf)):
-            return [dataclasses.replace(leaves[0], op=compat.rebind(eqn, plain)[0])]
-        if ctx.recorder is not None:
-            return _elementwise(ctx, eqn, values, "bias")
-        return compat.rebind(eqn, plain)
-    raise Unsupported("addition to a weight")
-
-
-def _elementwise(ctx: Context, eqn: Any, values: list[Any], kind: str) -> Sequence[Any]:
-    """Record an elementwise meeting of a leaf with activations: a bias or a scale if the leaf is a vector."""
-    assert ctx.recorder is not None
-    for v in values:
-        if isinstance(v, Leaf):
-            wide = sum(1 for d, n in enumerate(v.shape) if n > 1 and any(o.dims[d] for o in v.origins))
-            ctx.record(v, kind if wide <= 1 else eqn.primitive.name, ctx.where(eqn))
-    return compat.rebind(eqn, [v.op if isinstance(v, Leaf) else v for v in values])
 
 
 @register("concatenate", "stack")

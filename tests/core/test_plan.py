@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -172,6 +173,14 @@ MISTAKES = {
         errors.NoMatchError, "earlier rules"),
     "exclude nothing": (
         lambda: make({"mlp": jpeft.LoRA(rank=2)}, exclude=["nope"]), errors.NoMatchError, "exclude 'nope'"),
+    "rules that are no mapping": (lambda: make([("mlp", jpeft.LoRA())]), errors.PlanError, "list, not a mapping"),
+    "a method for rules": (lambda: make(jpeft.LoRA()), errors.PlanError, "LoRA, not a mapping"),
+    "a misspelt word": (lambda: make({"all_linear": jpeft.LoRA()}), errors.NoMatchError, "nearest: 'all-linear'"),
+    "bare arguments": (
+        lambda: jpeft.inspect(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 4))}, jnp.ones((2, 4))),
+        errors.PlanError, "not a tuple"),
+    "a number among the params": (
+        lambda: jpeft.inspect(lambda p, x: x * p["s"], {"s": 2.0}, (1.0,)), errors.PathError, "make it an array"),
     "no rules": (lambda: make({}), errors.NoMatchError, "rules is empty"),
     "no such layer": (
         lambda: make({jpeft.layers("mlp", [5]): jpeft.LoRA(rank=2)}), errors.NoMatchError, "matches none"),
@@ -217,8 +226,22 @@ def test_calls_that_do_not_fit_the_plan():
     plan = make({"mlp": jpeft.LoRA(rank=2)})
     t, f = jpeft.init(plan, params_of(True), jax.random.key(0))
     adapted = jpeft.adapt(apply, plan)
-    with pytest.raises(errors.CallError, match="not Frozen"):
-        adapted(t, f.base, IDS)
+    path = next(iter(t))
+    for match, call in {
+        "frozen is a dict, not jpeft.Frozen; call adapted": lambda: adapted(t, f.base, IDS),
+        "frozen is a dict, not jpeft.Frozen; call jpeft.merge": lambda: jpeft.merge(plan, f, t),
+        "trainable lacks": lambda: jpeft.merge(plan, {}, f),
+        "trainable has": lambda: adapted({**t, path: {"a": t[path]["a"]}}, f, IDS),
+        "the plan says": lambda: jpeft.penalty(plan, jax.tree.map(lambda a: a[..., :1], t), f),
+        "frozen.theta lacks": lambda: adapted(t, jpeft.Frozen(f.base, {}), IDS),
+        "pass peft=jpeft.Call": lambda: adapted(t, f, IDS, peft=jax.random.key(0)),
+        "peft=Call.* is a int, not a PRNG key": lambda: adapted(t, f, IDS, peft=jpeft.Call(key=0)),
+        "key is a int, not a PRNG key": lambda: jpeft.init(plan, params_of(True), 0),
+        "the plan is a function": lambda: jpeft.adapt(plan, apply),
+    }.items():
+        with pytest.raises(errors.CallError, match=match) as caught:
+            call()
+        assert "\n" not in str(caught.value)
     with pytest.raises(errors.CallError, match="lacks"):
         adapted({}, f, IDS)
     with pytest.raises(errors.CallError, match="task"):
@@ -227,3 +250,27 @@ def test_calls_that_do_not_fit_the_plan():
         jpeft.init(plan, params_of(False), jax.random.key(0))
     with pytest.raises(errors.CallError, match="calibration"):
         jpeft.init(plan, params_of(True), jax.random.key(0), calibration=iter(()))
+
+
+def test_of_two_parameters_the_weight_is_found():
+    """Learned queries through `x @ W`, and through Equinox's vmapped `W @ x`."""
+    params = {"w": jnp.ones((6, 6)), "queries": jnp.ones((3, 6))}
+    plain = lambda p, x: x + p["queries"] @ p["w"]  # noqa: E731
+    mapped = lambda p, x: x + jax.vmap(lambda q: p["w"] @ q)(p["queries"])  # noqa: E731
+    for apply in (plain, mapped):
+        sites = jpeft.inspect(apply, params, (jnp.ones((3, 6)),))
+        assert (sites["w"].use, sites["queries"].use) == ("linear", "other")
+
+
+def test_numpy_float64_parameters_count_as_float32():
+    params, x = {"w": np.ones((6, 4))}, np.ones((2, 6))
+    apply = lambda p, x: x @ p["w"]  # noqa: E731
+    plan = jpeft.plan(apply, params, (x,), {"w": jpeft.LoRA(rank=2)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        t, f = jpeft.init(plan, params, jax.random.key(0))
+        t = randomise(t, 0, 0.5)
+        jpeft.merge_error(plan, t, f)
+        merged = jpeft.merge(plan, t, f)
+        np.testing.assert_allclose(jpeft.adapt(apply, plan)(t, f, x), apply(merged, x), rtol=1e-5)
+    assert t["w"]["a"].dtype == merged["w"].dtype == jnp.float32

@@ -145,3 +145,101 @@ def normalised_weight(dtype: Any) -> Made:
         return x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0) * p["g"])
 
     return apply, weights(dtype, w=(D, F), g=(F,)), (data(dtype),)
+
+
+@case(1, expect={"w": Dims((0,), (1,))}, dtypes=BOTH)
+def weight_with_gains(dtype: Any) -> Made:
+    """Learned gains sit on the weight, along its outputs and along its inputs."""
+
+    def apply(p: Any, x: jax.Array) -> jax.Array:
+        return x @ (p["w"] * p["gain"] / p["spread"][:, None])
+
+    return apply, weights(dtype, w=(D, F), gain=(F,), spread=(D,)), (data(dtype),)
+
+
+@case(1, expect={"w": Dims((1,), (2,), (0,))})
+def stacked_weight_with_gains(dtype: Any) -> Made:
+    """One gain per layer and output, put on before the scan over layers."""
+
+    def apply(p: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"] * p["gain"][:, None, :])[0]
+
+    return apply, weights(dtype, w=(3, D, D), gain=(3, D)), (data(dtype),)
+
+
+@case(1, rules=lora("kernel"), expect={"kernel": Dims((0, 1), (2,), (), "conv")})
+def kernel_with_gain(dtype: Any) -> Made:
+    def apply(p: Any, x: jax.Array) -> jax.Array:
+        numbers = ("NWC", "WIO", "NWC")
+        return jax.lax.conv_general_dilated(x, p["kernel"] * p["gain"], (1,), "SAME", dimension_numbers=numbers)
+
+    return apply, weights(dtype, kernel=(3, D, F), gain=(F,)), (data(dtype),)
+
+
+@case(2, rules=lora("real", "imag"), expect={"real": Dims((1,), (0,)), "imag": Dims((1,), (0,))})
+def complex_weight_in_two_parts(dtype: Any) -> Made:
+    """A linear recurrent unit: the input matrix is `(real + i imag)` with a gain per state."""
+
+    def apply(p: Any, x: jax.Array) -> jax.Array:
+        matrix = (p["real"] + 1j * p["imag"]) * jnp.exp(p["gain"])[:, None]
+        return jnp.abs(jax.vmap(jax.vmap(lambda u: matrix @ u))(x.astype(matrix.dtype)))
+
+    return apply, weights(dtype, real=(F, D), imag=(F, D), gain=(F,)), (data(dtype),)
+
+
+@case(2, rules=lora("real", "imag"), expect={"real": Dims((0,), (1,))})
+def complex_weight_joined(dtype: Any) -> Made:
+    def apply(p: Any, x: jax.Array) -> jax.Array:
+        return jnp.abs(x @ jax.lax.complex(p["real"], p["imag"]))
+
+    return apply, weights(dtype, real=(D, F), imag=(D, F)), (data(dtype),)
+
+
+@case(1, rules=lora("w"), expect={"w": Dims((1,), (2,), (0,))})
+def complex_weight(dtype: Any) -> Made:
+    """A Fourier layer: one complex matrix for each mode. The factors stay real, of the base's precision."""
+
+    def apply(p: Any, x: jax.Array) -> jax.Array:
+        modes = jnp.einsum("bkd,kdf->bkf", jnp.fft.rfft(x, axis=1), p["w"])
+        return jnp.fft.irfft(modes, axis=1)
+
+    parts = weights(dtype, real=(T // 2 + 1, D, F), imag=(T // 2 + 1, D, F))
+    return apply, {"w": parts["real"] + 1j * parts["imag"]}, (data(dtype),)
+
+
+@case(2, expect={"own": Dims((1,), (2,), (0,)), "shared": Dims((0,), (1,))})
+def weight_shared_by_layers(dtype: Any) -> Made:
+    """Every layer's weight is its own part plus one that all share."""
+
+    def apply(p: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ (w - p["shared"])), None), x, p["own"])[0]
+
+    return apply, weights(dtype, own=(3, D, D), shared=(D, D)), (data(dtype),)
+
+
+@case(1, expect={"w": Dims((0,), (1,))})
+def symmetric_weight(dtype: Any) -> Made:
+    return lambda p, x: x @ (p["w"] + p["w"].T), weights(dtype, w=(D, D)), (data(dtype),)
+
+
+@case(1)
+def inner_step(dtype: Any) -> Made:
+    """Meta-learning: the model takes one step of gradient descent on its own weight, then applies it."""
+
+    def apply(p: Any, x: jax.Array) -> jax.Array:
+        slope = jax.grad(lambda w: (jnp.tanh(x @ w) ** 2).sum())(p["w"])
+        return x @ (p["w"] - 0.1 * slope)
+
+    return apply, weights(dtype, w=(D, F)), (data(dtype),)
+
+
+@case(1, rules=lora("kernels"), expect={"kernels": Dims((1, 2), (0, 3), (), "conv")})
+def kernels_vmapped(dtype: Any) -> Made:
+    """An ensemble of convolutions over one input: vmap folds the ensemble into the output channels."""
+
+    def apply(p: Any, x: jax.Array) -> jax.Array:
+        numbers = ("NWC", "WIO", "NWC")
+        conv = lambda k: jax.lax.conv_general_dilated(x, k, (1,), "SAME", dimension_numbers=numbers)  # noqa: E731
+        return jax.vmap(conv)(p["kernels"])
+
+    return apply, weights(dtype, kernels=(2, 3, D, F)), (data(dtype),)

@@ -1,0 +1,1 @@
+"""The command line: a configuration file in, a run folder out."""

@@ -1,0 +1,171 @@
+"""`jpeft train`: build all of it, and only then write; train; test the best adapter; sum up."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from jpeft.cli import build, runs
+from jpeft.cli.build import Loaded, Training
+from jpeft.cli.config import JobConfig
+from jpeft.cli.progress import ProgressBar, StepTimes
+from jpeft.cli.runs import RunSummary
+from jpeft.core import store
+from jpeft.core.explain import explain
+from jpeft.core.identity import fingerprint
+from jpeft.data.batches import Batches
+from jpeft.data.classify import Examples
+from jpeft.data.pipeline import stream
+from jpeft.errors import JpeftError, RunError
+from jpeft.train import report
+from jpeft.train.checkpoint import Checkpoints
+from jpeft.train.evaluate import evaluate
+from jpeft.train.loop import FitResult, fit
+from jpeft.train.metrics import JsonLines
+
+Say = Callable[[str], None]
+
+
+class Compiled:
+    """A training step, compiled ahead for every width, so that no step of the run waits for it.
+
+    Attributes:
+        seconds: what compiling took.
+        temp_bytes: what the largest program needs besides its inputs and outputs.
+    """
+
+    def __init__(self, step: Any, state: Any, frozen: Any, made: Batches) -> None:
+        """Compile `step` for one batch of each width of `made`."""
+        begin = time.perf_counter()
+        first = {width: i for i, (_, width) in reversed(list(enumerate(made.epoch(0))))}
+        lowered = [step.lower(state, frozen, made.make(0, i)) for i in first.values()]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            self._programs = dict(zip(first, pool.map(lambda one: one.compile(), lowered), strict=True))
+        self.temp_bytes = max(p.memory_analysis().temp_size_in_bytes for p in self._programs.values())
+        self.seconds = time.perf_counter() - begin
+
+    def __call__(self, state: Any, frozen: Any, batch: Any) -> Any:
+        """Run the program of the batch's width."""
+        return self._programs[batch["tokens"].shape[1]](state, frozen, batch)
+
+
+def run(job: JobConfig, command: str, resume: bool, say: Say, console: Console) -> RunSummary | str:
+    """Train a job in its folder.
+
+    Args:
+        job: the job.
+        command: the command line that began it, for the folder.
+        resume: go on with the run that is there, if one is.
+        say: prints a line of the report.
+        console: for the progress.
+
+    Returns:
+        The summary; a sentence instead if the run was interrupted.
+
+    Raises:
+        JpeftError: something does not fit; before the first step nothing has been written.
+    """
+    going_on = runs.check(job, resume)
+    done = runs.summary(job.folder) if going_on else None
+    if done is not None:
+        say(f"{job.folder} is finished already")
+        return done
+    loaded = build.load_model(job)
+    plan = loaded.plan
+    data = build.load_data(job, loaded.tokenizer)
+    made = build.batches(job, data["train"], shuffle=True)
+    start = build.training(loaded, made)
+    say(str(explain(plan)))
+    for note in (*loaded.model.notes, *_rows(job, data, made)):
+        say(note)
+    with console.status(f"compiling for batches of {', '.join(map(str, made.widths))} tokens"):
+        compiled = Compiled(start.step, start.state, start.frozen, made)
+    if not going_on:
+        runs.begin(job, command)
+    try:
+        return _train(loaded, start, compiled, made, data, say, console)
+    except OSError as error:
+        if isinstance(error, JpeftError):
+            raise
+        raise RunError(f"{job.folder} cannot be written ({error.strerror or error}); free space, then continue with "
+                       "--resume") from error
+
+
+def _train(loaded: Loaded, start: Training, compiled: Compiled, made: Batches, data: dict[str, Examples], say: Say,
+           console: Console) -> RunSummary | str:
+    job, plan, state, frozen = loaded.config, loaded.plan, start.state, start.frozen
+    t, folder = job.train, job.folder
+    checkpoints = Checkpoints(folder / runs.CHECKPOINTS, keep=t.keep, base=fingerprint(loaded.params),
+                              config_hash=job.hash())
+    rows = stream(made)
+    restored = checkpoints.restore(state)
+    notes: tuple[str, ...] = ()
+    if restored is not None:
+        rows.set_state(restored.data_position)
+        state = restored.state
+        notes = (*restored.notes, f"resumed after step {restored.step}; times are those of the steps since")
+        say("\n".join(notes))
+    held = build.batches(job, data["validation"])
+    every = t.eval_every or len(made)
+    times = StepTimes()
+    begin = time.perf_counter()
+    try:
+        result = fit(
+            compiled, state, frozen, rows, total_steps=start.total_steps, eval_every=every,
+            save_every=t.save_every or every, checkpoints=checkpoints,
+            evaluate=lambda trainable: evaluate(start.apply, trainable, frozen, build.once(held)),
+            on_best=lambda trainable, _, n: store.save(folder / runs.ADAPTER, plan, trainable, frozen),
+            hooks=(JsonLines(folder / runs.METRICS), ProgressBar(console), times))
+    finally:
+        rows.close()
+    seconds = time.perf_counter() - begin
+    report.plot(folder / runs.METRICS, folder / runs.PLOT)
+    if result.stopped == "interrupted":
+        return result.message
+    best = build.load_adapter(loaded, folder / runs.ADAPTER)
+    test = evaluate(start.apply, best.trainable, best.frozen, build.once(build.batches(job, data["test"])))
+    found = _summary(loaded, start, compiled, result, times, seconds, test, notes)
+    found.write(folder / runs.SUMMARY)
+    return found
+
+
+def _summary(loaded: Loaded, start: Training, compiled: Compiled, result: FitResult, times: StepTimes, seconds: float,
+             test: dict[str, float], notes: tuple[str, ...]) -> RunSummary:
+    job = loaded.config
+    short = report.summarise(result, start.total_steps, base=loaded.params, seconds=seconds, examples=times.examples,
+                             notes=notes)
+    fields: dict[str, Any] = {
+        **{f.name: getattr(short, f.name) for f in dataclasses.fields(short)},
+        "trainable_parameters": loaded.plan.count()}
+    # A step is reported when the one after it has begun: the first time of a run holds two of them.
+    steady = times.seconds[1:] or times.seconds
+    return RunSummary(
+        **fields, name=str(job.name), methods=runs.describe(job.rules), learning_rate=job.train.learning_rate or 0.0,
+        test=test, adapter_bytes=(job.folder / runs.ADAPTER / "adapter.safetensors").stat().st_size,
+        model_bytes=sum(int(np.asarray(x.nbytes)) for x in jax.tree.leaves(loaded.params)),
+        ms_per_step=1000 * statistics.median(steady) if steady else None, temp_bytes=compiled.temp_bytes,
+        compile_seconds=compiled.seconds, device=jax.devices()[0].device_kind)
+
+
+def _rows(job: JobConfig, data: dict[str, Examples], made: Batches) -> list[str]:
+    counts = ", ".join(f"{len(examples):,} {name}" for name, examples in data.items())
+    cut = sum(examples.truncated for examples in data.values())
+    lines = [f"rows: {counts}; {len(made):,} batches of {made.batch_size} an epoch, {made.waste():.0%} of them padding"]
+    if cut:
+        lines.append(f"truncated: {cut:,} texts are longer than data.max_length = {job.data.max_length} tokens")
+    return lines
+
+
+def evaluate_split(loaded: Loaded, adapted: build.Adapted, split: str) -> dict[str, float]:
+    """Return loss, accuracy and count of a run's adapter on one split of its rows."""
+    rows = build.batches(loaded.config, build.load_data(loaded.config, loaded.tokenizer)[split])
+    return evaluate(adapted.apply, adapted.trainable, adapted.frozen, build.once(rows))

@@ -1,0 +1,229 @@
+"""The command line `jpeft`: train, eval, predict, merge, explain, methods, compare."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+import traceback as tracebacks
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+except ModuleNotFoundError as _error:
+    raise SystemExit(f"error: the command line needs {_error.name}; pip install 'jpeft[train]'") from _error
+
+from jpeft.errors import ConfigError, JpeftError, RunError
+
+app = typer.Typer(
+    name="jpeft", help="Parameter-efficient fine-tuning for JAX.", no_args_is_help=True, add_completion=False,
+    pretty_exceptions_enable=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]})
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, as runs/quickstart.")]
+Settings = Annotated[list[str] | None, typer.Option(
+    "--set", metavar="KEY=VALUE", help="Set a field of the configuration, as train.epochs=1; the value is YAML.")]
+
+
+@app.callback()
+def _options(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error arose.")] = False,
+) -> None:
+    """Parameter-efficient fine-tuning for JAX."""
+
+
+def _say(text: str = "") -> None:
+    print(text, flush=True)
+
+
+def _example(text: str) -> dict[str, Any]:
+    return {"epilog": f"Example: [bold]{text}[/bold]"}
+
+
+@app.command(**_example("jpeft train configs/quickstart.yaml --set train.epochs=1 --name short"))
+def train(
+    config: ConfigFile, settings: Settings = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in its folder, if there is one.")] = False,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the run's folder.")] = None,
+) -> None:
+    """Train an adapter and test it."""
+    _train(config, settings or [], resume, name)
+
+
+def _train(config: Path, settings: list[str], resume: bool, name: str | None) -> None:
+    from jpeft.cli import tables
+    from jpeft.cli.config import load
+
+    words = ["jpeft", "train", str(config), *(w for s in settings for w in ("--set", s))]
+    command = shlex.join([*words, *(["--name", name] if name else [])])
+    job = load(config, settings, name)
+    from jpeft.cli.job import run
+
+    found = run(job, command, resume, _say, Console(stderr=True))
+    if isinstance(found, str):
+        print(f"{found}\ncontinue with: {command} --resume", file=sys.stderr)
+        raise typer.Exit(130)
+    _say()
+    for line in tables.result(found):
+        _say(line)
+    _say(f"run folder      {job.folder}")
+
+
+@app.command("eval", **_example("jpeft eval runs/quickstart --split validation"))
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN_OR_CONFIG", help="A run's folder, or its configuration.")],
+    split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "test",
+) -> None:
+    """Measure loss and accuracy of a run's adapter."""
+    from jpeft.cli import build, job
+    from jpeft.errors import nearest
+
+    if split not in build.SPLITS:
+        raise ConfigError(f"--split {split!r} is none of {', '.join(build.SPLITS)} ({nearest(split, build.SPLITS, 1)})")
+    adapted = _adapted(run)
+    found = job.evaluate_split(adapted.loaded, adapted, split)
+    _say(f"{split}: accuracy {found['accuracy']:.4f}, loss {found['loss']:.4f}, {found['count']:,.0f} rows")
+
+
+@app.command(**_example("jpeft predict runs/quickstart --text 'a warm and funny film' --text 'a mess'"))
+def predict(
+    run: Run,
+    text: Annotated[list[str] | None, typer.Option("--text", help="A text to classify; may be given often.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", help="A file with a text on each line.")] = None,
+) -> None:
+    """Print class, probability and text, separated by tabs, for each text."""
+    texts = list(text or [])
+    if file is not None:
+        try:
+            texts += file.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--file {file} cannot be read ({error}); give a text file in UTF-8") from error
+    if not texts:
+        raise ConfigError("there is nothing to predict; give --text or --file")
+    adapted = _adapted(run)
+    found, truncated = adapted.probabilities(texts)
+    names = adapted.loaded.config.data.names
+    for one, row in zip(texts, found, strict=True):
+        _say(f"{names[int(row.argmax())]}\t{row.max():.4f}\t{one}")
+    if truncated:
+        limit = adapted.loaded.config.data.max_length
+        print(f"note: {truncated} of {len(texts)} texts were truncated to {limit} tokens", file=sys.stderr)
+
+
+@app.command(**_example("jpeft merge runs/quickstart merged"))
+def merge(
+    run: Run, out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+) -> None:
+    """Write model and adapter as one plain Hugging Face folder: no cost at inference, no jpeft needed."""
+    from jpeft.core import transform
+    from jpeft.interop.pretrained import save_pretrained
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} exists already and is not empty; name a new folder")
+    adapted = _adapted(run)
+    params = transform.merge(adapted.plan, adapted.trainable, adapted.frozen)
+    loaded = adapted.loaded
+    save_pretrained(out, loaded.model, params, loaded.tokenizer, labels=loaded.config.data.names)
+    _say(f"wrote {out}: config.json, model.safetensors, tokenizer files")
+
+
+def _adapted(run: Path) -> Any:
+    from jpeft.cli import build, runs
+
+    folder = runs.find(run)
+    if not (folder / runs.ADAPTER).is_dir():
+        raise RunError(f"{folder} has no adapter yet; finish it with: jpeft train {folder / runs.CONFIG} --resume")
+    return build.load_adapter(build.load_model(runs.read(folder)), folder / runs.ADAPTER)
+
+
+@app.command(**_example("jpeft explain configs/quickstart.yaml --set 'rules={attention: {method: DoRA, rank: 4}}'"))
+def explain(config: ConfigFile, settings: Settings = None) -> None:
+    """Show what a configuration would train, and at what cost, without training it."""
+    from jpeft.cli.config import load
+
+    job = load(config, settings or [])
+    from jpeft.cli import build
+    from jpeft.core import explain as core
+
+    loaded = build.load_model(job)
+    _say(str(core.explain(loaded.plan)))
+    for note in loaded.model.notes:
+        _say(note)
+
+
+@app.command(**_example("jpeft methods"))
+def methods() -> None:
+    """List the methods."""
+    from jpeft.cli import tables
+
+    _console().print(tables.table(tables.LISTED, tables.listed(), left=len(tables.LISTED)))
+
+
+@app.command(**_example("jpeft compare configs/quickstart*.yaml --run --markdown"))
+def compare(
+    targets: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or configurations.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    run: Annotated[bool, typer.Option("--run", help="Run, or finish, the configurations that lack a result.")] = False,
+) -> None:
+    """Show the results of several runs in one table."""
+    from jpeft.cli import runs, tables
+    from jpeft.cli.config import load
+
+    found, missing = [], []
+    for target in targets:
+        config = target.suffix in (".yaml", ".yml")
+        folder = load(target).folder if config else runs.find(target)
+        if run and config and runs.summary(folder) is None:
+            _train(target, [], True, None)
+        summary = runs.summary(folder)
+        if summary is None:
+            missing.append(f"{target}: no result; jpeft train {target if config else folder / runs.CONFIG} --resume")
+        else:
+            found.append(summary)
+    for line in missing:
+        print(line, file=sys.stderr)
+    if not found:
+        raise RunError("none of the runs has a result; run them, or add --run to run the configurations now")
+    rows = tables.compared(found)
+    if markdown:
+        _say(tables.markdown(tables.COMPARED, rows, left=2))
+    else:
+        _console().print(tables.table(tables.COMPARED, rows, left=2))
+
+
+def _console() -> Console:
+    """Return a console for tables: as wide as they are where the output is no terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line; an error is one line on the standard error stream.
+
+    Args:
+        args: words after `jpeft`; None: those of the process.
+
+    Returns:
+        The exit code: 0, 1 after an error, 2 for wrong options, 130 if interrupted.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    show = "--traceback" in words
+    words = [word for word in words if word != "--traceback"]
+    try:
+        app(words, prog_name="jpeft")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except (JpeftError, OSError) as error:
+        if show:
+            tracebacks.print_exc()
+        with contextlib.suppress(BrokenPipeError):
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

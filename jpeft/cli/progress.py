@@ -1,0 +1,81 @@
+"""What a person sees of a run while it goes on: a bar on a terminal, a line per evaluation elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jpeft.train.hooks import Hook
+
+WINDOW = 50  # steps that the shown loss, accuracy and speed are the mean of
+
+
+class ProgressBar(Hook):
+    """A hook that shows loss, accuracy, examples per second and the time left.
+
+    Args:
+        console: where; it should be that of the standard error stream, so that results can be piped.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._recent: deque[tuple[float, float, float, float]] = deque(maxlen=WINDOW)
+        self._started = time.perf_counter()
+        self._judged = ""
+        self._bar = Progress(
+            TextColumn("[bold]training"), BarColumn(bar_width=None), MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  acc {task.fields[accuracy]}  {task.fields[speed]} ex/s"),
+            TextColumn("{task.fields[judged]}", style="cyan"), TextColumn("left"), TimeRemainingColumn(),
+            console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=60)
+        self._task: Any = None
+
+    def start(self, total: int, at: int) -> None:
+        """Show the bar, at the step that the run goes on from."""
+        blank: dict[str, Any] = {"loss": "-", "accuracy": "-", "speed": "-", "judged": ""}
+        self._task = self._bar.add_task("", total=total, completed=at, **blank)
+        self._bar.start()
+        self._total = total
+
+    def step(self, n: int, metrics: Mapping[str, float], seconds: float, examples: int) -> None:
+        """Move the bar."""
+        self._recent.append((metrics["loss"], metrics.get("correct", 0.0), examples, seconds))
+        self._bar.update(self._task, completed=n, **self._shown())
+
+    def evaluated(self, n: int, metrics: Mapping[str, float]) -> None:
+        """Show an evaluation: in the bar, or as a line where there is none."""
+        said = f"validation loss {metrics['loss']:.4f}  acc {metrics['accuracy']:.4f}"
+        self._bar.update(self._task, judged=f"val acc {metrics['accuracy']:.4f}")
+        shown = self._shown()
+        train = f"loss {shown['loss']}  acc {shown['accuracy']}  {shown['speed']} ex/s"
+        took = time.perf_counter() - self._started
+        self._console.print(f"step {n}/{self._total}  {train}  {said}  ({took:.0f} s)", highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.stop()
+
+    def _shown(self) -> dict[str, Any]:
+        if not self._recent:
+            return {"loss": "-", "accuracy": "-", "speed": "-"}
+        losses, correct, examples, seconds = (list(column) for column in zip(*self._recent, strict=True))
+        count = max(sum(examples), 1)
+        return {"loss": f"{sum(losses) / len(losses):.4f}", "accuracy": f"{sum(correct) / count:.3f}",
+                "speed": f"{count / max(sum(seconds), 1e-9):.0f}"}
+
+
+class StepTimes(Hook):
+    """A hook that keeps the time of each step, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.examples = 0
+
+    def step(self, n: int, metrics: Mapping[str, float], seconds: float, examples: int) -> None:
+        """Note a step."""
+        self.seconds.append(seconds)
+        self.examples += examples

@@ -1,0 +1,130 @@
+"""Rules as a configuration writes them: `pattern: {method: LoRA, rank: 8}`, checked field by field."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import operator
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import pydantic
+
+import jpeft.methods
+from jpeft.core.match import Layers, Pattern, layers
+from jpeft.core.method import Method
+from jpeft.core.tokens import Tokens
+from jpeft.errors import ConfigError, nearest
+from jpeft.methods import Chain
+
+METHODS: dict[str, type[Any]] = {name: getattr(jpeft.methods, name) for name in jpeft.methods.__all__}
+
+
+def to_methods(rules: Mapping[str, Mapping[str, Any]]) -> dict[Pattern, Method]:
+    """Make the rules of `jpeft.plan` from plain data.
+
+    A rule is `{method: Name, field: value, ...}`; `layers: [0, 1]` beside them limits it to some layers, and
+    `{method: Chain, methods: [{method: ...}, ...]}` puts several methods on one leaf.
+
+    Args:
+        rules: pattern -> rule, in order.
+
+    Raises:
+        ConfigError: a method or a field is unknown, or a value is of the wrong kind.
+        MethodConfigError: a value is out of its range.
+
+    Example:
+        >>> to_methods({"attention": {"method": "LoRA", "rank": 4}})["attention"].rank
+        4
+    """
+    return {_pattern(pattern, rule): _method(f"rules.{pattern}", {k: v for k, v in rule.items() if k != "layers"})
+            for pattern, rule in rules.items()}
+
+
+def tokens_for(methods: Mapping[Pattern, Method], token_types: bool) -> Tokens | None:
+    """Say where the token axis is, if one of the methods has virtual tokens.
+
+    Args:
+        methods: the rules.
+        token_types: whether calls pass token types, which virtual tokens need as well.
+    """
+    if not any(m.virtual_tokens for m in methods.values()):
+        return None
+    return Tokens(ids=0, mask="attention_mask", segments="token_types" if token_types else None)
+
+
+def _pattern(pattern: str, rule: Mapping[str, Any]) -> str | Layers:
+    if "layers" not in rule:
+        return pattern
+    which = rule["layers"]
+    if not isinstance(which, list) or not all(type(i) is int for i in which):
+        raise ConfigError(f"rules.{pattern}.layers = {which!r} must be a list of layer numbers, as [0, 1]")
+    return layers(pattern, which)
+
+
+def _method(where: str, rule: Any) -> Method:
+    if not isinstance(rule, Mapping) or not isinstance(rule.get("method"), str):
+        raise ConfigError(f"{where} = {rule!r} names no method; write {{method: LoRA, rank: 8}}")
+    name = str(rule["method"])
+    if name not in METHODS:
+        folded = {known.lower(): known for known in METHODS}
+        hint = nearest(folded.get(name.lower(), name), METHODS, 1)
+        raise ConfigError(f"{where}.method = {name!r} is no method ({hint}); `jpeft methods` "
+                          "lists them")
+    fields = {k: v for k, v in rule.items() if k != "method"}
+    known = [f.name for f in dataclasses.fields(METHODS[name])]
+    for key in fields:
+        if key not in known:
+            hint = f"the nearest is {_full(where, key, known)!r}" if known else f"{name} has no fields"
+            raise ConfigError(f"unknown key '{where}.{key}'; {hint}")
+    if name == "Chain":
+        parts = fields.get("methods")
+        if not isinstance(parts, list):
+            raise ConfigError(f"{where}.methods must be a list of two or more rules, as [{{method: LoRA}}, ...]")
+        return Chain(methods=tuple(_method(f"{where}.methods.{i}", p) for i, p in enumerate(parts)))
+    try:
+        checked = _fields(name).model_validate(fields)
+    except pydantic.ValidationError as error:
+        fault = error.errors()[0]
+        key = str(fault["loc"][0])
+        kinds = typing.get_type_hints(METHODS[name])[key]
+        wanted = getattr(kinds, "__name__", None) if isinstance(kinds, type) else str(kinds)
+        raise ConfigError(f"{where}.{key} = {fields[key]!r} must be {wanted}") from error
+    return METHODS[name](**{k: getattr(checked, k) for k in fields})
+
+
+def _full(where: str, key: str, known: list[str]) -> str:
+    return f"{where}.{difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]}"
+
+
+@functools.lru_cache(maxsize=64)
+def _fields(name: str) -> type[pydantic.BaseModel]:
+    """Return a pydantic model of the fields of a method; lists stand for tuples."""
+    hints = typing.get_type_hints(METHODS[name])
+    kinds: dict[str, Any] = {f.name: (_listed(hints[f.name]), None) for f in dataclasses.fields(METHODS[name])}
+    return pydantic.create_model(name, __config__=pydantic.ConfigDict(strict=True), **kinds)
+
+
+def _listed(kind: Any) -> Any:
+    """Return an annotation with every tuple taken from a list as well."""
+    if typing.get_origin(kind) is tuple:
+        return typing.Annotated[kind, pydantic.BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+    if isinstance(kind, types.UnionType):
+        return functools.reduce(operator.or_, map(_listed, typing.get_args(kind)))
+    return kind
+
+
+def described(name: str) -> tuple[str, str]:
+    """Return what a method does (the first sentence of its docstring) and its paper (arXiv ids), for a table.
+
+    Example:
+        >>> described("IA3")
+        ('Train one factor for each output (or input) of a frozen weight.', 'arXiv 2205.05638')
+    """
+    text = inspect.getdoc(METHODS[name]) or ""
+    source = next((line.removeprefix("Source: ") for line in text.splitlines() if line.startswith("Source: ")), "")
+    return " ".join(text.split("\n\n")[0].split()), source.rstrip(".")

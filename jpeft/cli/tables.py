@@ -1,0 +1,88 @@
+"""Tables: for a terminal by rich, for a document as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import rich.box
+import rich.table
+
+from jpeft.cli.rules import METHODS, described
+from jpeft.cli.runs import RunSummary
+
+Rows = Sequence[Sequence[str]]
+COMPARED = ("run", "method", "lr", "test accuracy", "trainable", "%", "adapter", "ms/step", "temp memory", "seconds")
+LISTED = ("method", "what it does", "rides on", "default lr", "paper")
+
+
+def size(count: int) -> str:
+    """Return a number of bytes for people.
+
+    Example:
+        >>> size(1_300_000), size(512)
+        ('1.3 MB', '512 B')
+    """
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def compared(summaries: Sequence[RunSummary]) -> list[list[str]]:
+    """Return a row of `COMPARED` for each run."""
+    return [[s.name, s.methods, f"{s.learning_rate:g}", f"{s.test['accuracy']:.4f}", f"{s.trainable_parameters:,}",
+             f"{s.percent:.3f}", size(s.adapter_bytes), "-" if s.ms_per_step is None else f"{s.ms_per_step:.1f}",
+             size(s.temp_bytes), f"{s.seconds:.0f}"] for s in summaries]
+
+
+def listed() -> list[list[str]]:
+    """Return a row of `LISTED` for each method."""
+    rows = []
+    for name, method in METHODS.items():
+        what, paper = described(name)
+        uses = "what its parts ride on" if name == "Chain" else ", ".join(sorted(method.uses))
+        rate = "smallest of its parts" if name == "Chain" else f"{method.recommended_lr:g}"
+        rows.append([name, what, uses, rate, paper])
+    return rows
+
+
+def markdown(head: Sequence[str], rows: Rows, left: int = 1) -> str:
+    r"""Return a Markdown table; columns from number `left` on are aligned to the right.
+
+    Example:
+        >>> print(markdown(("run", "accuracy"), [["a|b", "0.8"]]))
+        | run | accuracy |
+        |---|---:|
+        | a\|b | 0.8 |
+    """
+    lines = [head, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    text = ["| " + " | ".join(line) + " |" for line in lines]
+    text.insert(1, "|" + "|".join("---" if i < left else "---:" for i in range(len(head))) + "|")
+    return "\n".join(text)
+
+
+def table(head: Sequence[str], rows: Rows, left: int = 1) -> rich.table.Table:
+    """Return the same for a terminal."""
+    made = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(head):
+        made.add_column(name, justify="left" if i < left else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def result(s: RunSummary) -> list[str]:
+    """Return the lines that a run ends with."""
+    memory = size(s.peak_host_bytes) + (f" host, {size(s.peak_device_bytes)} device" if s.peak_device_bytes else "")
+    speed = "" if s.ms_per_step is None else f", {s.ms_per_step:.1f} ms/step on {s.device}"
+    rows = f"{s.test['count']:,.0f} rows"
+    return [
+        f"test accuracy   {s.test['accuracy']:.4f} on {rows}, best step {s.best_step} of {s.steps}",
+        f"trainable       {s.trainable_parameters:,} of {s.base_parameters:,} parameters ({s.percent:.3f} %)",
+        f"adapter file    {size(s.adapter_bytes)}, the model {size(s.model_bytes)}",
+        f"peak memory     {memory}; a step's temporaries {size(s.temp_bytes)}",
+        f"time            {s.seconds:.1f} s, {s.examples_per_second:.0f} examples/s{speed}; "
+        f"{s.compile_seconds:.1f} s of compiling before",
+    ]

@@ -1,0 +1,286 @@
+"""The loop around a training step: evaluate, save, stop at once where going on would do harm, resume bit by bit."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType, TracebackType
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from jpeft.errors import BatchesError, CheckpointOrderError, NonFiniteLossError, TrainConfigError, nearest
+from jpeft.train.checkpoint import Checkpoints
+from jpeft.train.hooks import Hooks
+from jpeft.train.state import TrainState
+from jpeft.train.step import Step
+
+Row = dict[str, Any]
+
+
+class Best(NamedTuple):
+    """The best evaluation: after which step, and all its metrics."""
+
+    step: int
+    metrics: dict[str, float]
+
+
+class FitResult(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        state: after the last step that was done.
+        best: the best evaluation, those before a resume included; None without evaluations.
+        history: the rows of this process, as in metrics.jsonl: one per step, one per evaluation.
+        stopped: "finished", or "interrupted" by a signal.
+        message: one line: where it stopped, what is saved and how to go on.
+    """
+
+    state: TrainState
+    best: Best | None
+    history: list[Row]
+    stopped: Literal["finished", "interrupted"]
+    message: str
+
+
+class Batches(Protocol):
+    """An endless iterator of batches that knows where it stands; `get_state` returns JSON data."""
+
+    def __next__(self) -> Any: ...
+    def get_state(self) -> Any: ...
+
+
+def fit(
+    step: Step, state: TrainState, frozen: Any, batches: Batches | Iterator[Any], *, total_steps: int,
+    evaluate: Callable[[Any], Mapping[str, float]] | None = None, eval_every: int | None = None,
+    save_every: int | None = None, checkpoints: Checkpoints | None = None,
+    on_best: Callable[[Any, dict[str, float], int], None] | None = None, hooks: Sequence[Any] = (),
+    monitor: str = "accuracy", mode: Literal["max", "min"] = "max",
+) -> FitResult:
+    """Train up to step `total_steps`; evaluations and checkpoints come at fixed steps and after the last.
+
+    To resume, restore a checkpoint and hand on what it holds; the run then does exactly what it would have done:
+
+        restored = checkpoints.restore(state)
+        if restored is not None:
+            batches.set_state(restored.data_position)
+            state = restored.state
+        fit(step, state, frozen, batches, checkpoints=checkpoints, ...)
+
+    SIGINT (Ctrl-C) and SIGTERM let the step finish, save, and return `stopped="interrupted"`; a second one acts as if
+    there were no loop.
+
+    Args:
+        step: from `make_train_step`.
+        state: where to begin; `state.step` says at which step. It may be donated: use `result.state` from then on.
+        frozen: what the step needs besides.
+        batches: an iterator, with `get_state()` if there are checkpoints.
+        total_steps: number of the last step.
+        evaluate: `trainable -> metrics`.
+        eval_every: steps between evaluations; None: only after the last.
+        save_every: steps between checkpoints; None: only after the last.
+        checkpoints: where to save; None: nowhere.
+        on_best: `(trainable, metrics, step)`, called when an evaluation is better than all before. It must be done with
+            `trainable` when it returns.
+        hooks: see `jpeft.train.hooks.Hook`.
+        monitor: the metric of `evaluate` that says which evaluation is best.
+        mode: "max" or "min": whether more of it or less is better.
+
+    Raises:
+        NonFiniteLossError: a loss, a gradient norm or an evaluation is NaN or infinite. Nothing of it is saved.
+        BatchesError: the batches end too early, or cannot say where they stand.
+        CheckpointOrderError: the folder of checkpoints holds another step than the state is at.
+        CheckpointWriteError: a checkpoint cannot be written.
+        TrainConfigError: an argument makes no sense.
+
+    Example:
+        >>> import itertools, jax, jax.numpy as jnp, optax
+        >>> from jpeft.train.state import create
+        >>> from jpeft.train.step import make_train_step
+        >>> tx = optax.sgd(0.1)
+        >>> step = make_train_step(lambda t, frozen, batch, key: (jnp.sum((t["w"] - batch) ** 2), {}), tx)
+        >>> state = create({"w": jnp.zeros(2)}, tx, jax.random.key(0))
+        >>> result = fit(step, state, None, itertools.repeat(jnp.ones(2)), total_steps=50)
+        >>> result.stopped, int(result.state.step), round(float(result.state.trainable["w"][0]), 3)
+        ('finished', 50, 1.0)
+    """
+    at = int(state.step)
+    _check(at, total_steps, eval_every, save_every, mode, checkpoints, batches)
+    run = _Run(Hooks(hooks), checkpoints, monitor, mode)
+    late: _Late | None = None
+    stop, n = None, at
+    try:
+        with _Signals() as signals:
+            run.hooks.tell("start", total_steps, at)
+            for n in range(at + 1, total_steps + 1):
+                batch = _next(batches, n, total_steps)
+                state, metrics = step(state, frozen, batch)
+                if late is not None:
+                    run.report(late)
+                late = _Late(n, metrics, _rows(batch))
+                judging, saving = _due(n, eval_every, total_steps), _due(n, save_every, total_steps)
+                if not (judging or saving or signals.caught):
+                    continue
+                run.report(late)
+                late = None
+                if judging and evaluate is not None:
+                    run.judge(n, evaluate(state.trainable), state.trainable, on_best)
+                stop = signals.caught
+                if saving or stop:
+                    run.save(n, state, batches)
+                if stop:
+                    break
+            result = run.result(state, n, total_steps, stop)
+            run.hooks.tell("end", result)
+            return result
+    finally:
+        run.hooks.tell("close")
+
+
+class _Late(NamedTuple):
+    """A step whose metrics are still on the device: its number, they, and how many rows the batch had."""
+
+    n: int
+    metrics: Mapping[str, jax.Array]
+    rows: int | None
+
+
+class _Run:
+    """What a run knows besides the state."""
+
+    def __init__(self, hooks: Hooks, checkpoints: Checkpoints | None, monitor: str, mode: str) -> None:
+        self.hooks, self.checkpoints, self.monitor, self.mode = hooks, checkpoints, monitor, mode
+        kept = checkpoints.extra.get("best") if checkpoints is not None else None
+        self.best = Best(kept["step"], kept["metrics"]) if kept else None
+        self.history: list[Row] = []
+        self._clock = time.perf_counter()
+
+    def report(self, late: _Late) -> None:
+        """Fetch the metrics of a step, which waits for it, check them and pass them on."""
+        n, metrics, rows = late
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._check_finite(n, {name: values[name] for name in ("loss", "grad_norm") if name in values}, "after")
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        self.history.append({"step": n, **values})
+        self.hooks.tell("step", n, values, seconds, int(values.get("count", rows or 0)))
+
+    def judge(self, n: int, found: Mapping[str, float], trainable: Any, on_best: Any) -> None:
+        """Record an evaluation and see whether it is the best."""
+        metrics = {name: float(value) for name, value in found.items()}
+        if self.monitor not in metrics:
+            raise TrainConfigError(
+                f"evaluate returned no metric {self.monitor!r} ({nearest(self.monitor, metrics)}); set monitor to one")
+        self._check_finite(n, metrics, "in the evaluation after")
+        self.history.append({"step": n, **{f"eval/{name}": value for name, value in metrics.items()}})
+        self.hooks.tell("evaluated", n, metrics)
+        sign = 1 if self.mode == "max" else -1
+        if self.best is None or sign * metrics[self.monitor] > sign * self.best.metrics[self.monitor]:
+            if on_best is not None:
+                on_best(trainable, metrics, n)
+            self.best = Best(n, metrics)
+        self._clock = time.perf_counter()
+
+    def save(self, n: int, state: TrainState, batches: Any) -> None:
+        """Write a checkpoint, where there is a place for it."""
+        if self.checkpoints is None:
+            return
+        self.hooks.tell("saving", n)
+        best = None if self.best is None else self.best._asdict()
+        self.checkpoints.save(n, state, batches.get_state(), {"best": best})
+        self.hooks.tell("saved", n)
+        self._clock = time.perf_counter()
+
+    def result(self, state: TrainState, n: int, total: int, stop: str | None) -> FitResult:
+        """Return the result, with one line that says how the run ended."""
+        where = None if self.checkpoints is None else self.checkpoints.folder
+        if stop is None or n == total:
+            text = f"finished {total} steps" + ("" if where is None else f"; the last checkpoint is in {where}")
+            return FitResult(state, self.best, self.history, "finished", text)
+        saved = "and nothing is saved; pass checkpoints" if where is None else f"saved in {where}; resume to go on"
+        text = f"stopped by {stop} after step {n} of {total}, {saved}"
+        return FitResult(state, self.best, self.history, "interrupted", text)
+
+    def _check_finite(self, n: int, values: Mapping[str, float], when: str) -> None:
+        bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+        if bad:
+            said = " and ".join(f"{name} is {value}" for name, value in bad.items())
+            kept = None if self.checkpoints is None else self.checkpoints.latest()
+            left = "there is no checkpoint" if self.checkpoints is None or kept is None else (
+                f"the last good checkpoint, of step {kept}, is in {self.checkpoints.folder}")
+            raise NonFiniteLossError(
+                f"{said} {when} step {n}; lower the learning rate, warm up longer or clip the gradients; {left}")
+
+
+class _Signals:
+    """Catch the first SIGINT or SIGTERM; the second does what it would have done."""
+
+    def __init__(self) -> None:
+        self.caught: str | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                # A process that runs under nohup, or whose caller has its own way, keeps it.
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._catch)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        self.caught = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+
+def _check(
+    at: int, total: int, eval_every: int | None, save_every: int | None, mode: str, checkpoints: Checkpoints | None,
+    batches: Any,
+) -> None:
+    for name, value in {"total_steps": total, "eval_every": eval_every, "save_every": save_every}.items():
+        if value is not None and value < 1:
+            raise TrainConfigError(f"{name} = {value} must be 1 or more")
+    if mode not in ("max", "min"):
+        raise TrainConfigError(f"mode = {mode!r} must be 'max' or 'min'")
+    if at > total:
+        raise TrainConfigError(f"the state is at step {at}, beyond total_steps = {total}; raise it")
+    if checkpoints is None:
+        return
+    newest = checkpoints.latest()
+    if newest is not None and newest != at:
+        raise CheckpointOrderError(
+            f"{checkpoints.folder} holds a checkpoint of step {newest} and this run is at step {at}; resume from it, "
+            "or use another folder")
+    if not hasattr(batches, "get_state"):
+        raise BatchesError(
+            f"{type(batches).__name__} has no get_state(), so its position cannot be saved; use the stream of "
+            "jpeft.data, or train without checkpoints")
+
+
+def _due(n: int, every: int | None, total: int) -> bool:
+    return n == total or (every is not None and n % every == 0)
+
+
+def _next(batches: Any, n: int, total: int) -> Any:
+    try:
+        return next(batches)
+    except StopIteration as error:
+        raise BatchesError(f"the batches end before step {n} of {total}; give an endless stream") from error
+
+
+def _rows(batch: Any) -> int | None:
+    """Return the length of the first axis of a batch's first array."""
+    leaves = jax.tree_util.tree_leaves(batch)
+    return int(np.shape(leaves[0])[0]) if leaves and np.ndim(leaves[0]) else None

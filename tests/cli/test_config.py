@@ -1,0 +1,135 @@
+"""Configurations: what every mistake says, what fills the gaps, what a resumed run may change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jpeft
+from jpeft.cli import config, yamlio
+from jpeft.cli.rules import METHODS, described, to_methods, tokens_for
+from jpeft.core.match import Layers
+from jpeft.errors import ConfigError, MethodConfigError
+
+BASE = """
+model: {source: m}
+data: {source: rows.csv, classes: [no, yes], test: 10}
+rules: {attention: {method: LoRA}, head/.*: {method: Full}}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(BASE)
+    return path
+
+
+@pytest.mark.parametrize(("setting", "said"), [
+    ("train.learnin_rate=1", "unknown key 'train.learnin_rate'; the nearest is 'train.learning_rate'"),
+    ("learning_rate=1", "unknown key 'learning_rate'; the nearest is 'train.learning_rate'"),
+    ("model.sauce=1", "unknown key 'model.sauce'; the nearest is 'model.source'"),
+    ("rules.attention.rnak=1", "unknown key 'rules.attention.rnak'; the nearest is 'rules.attention.rank'"),
+    ("rules.attention.method=lora", "'lora' is no method (nearest: 'LoRA')"),
+    ("rules.attention.rank=x", "rules.attention.rank = 'x' must be int | tuple[int, ...]"),
+    ("rules.attention.alpha='3'", "rules.attention.alpha = '3' must be float"),
+    ("rules.attention.layers=0", "must be a list of layer numbers"),
+    ("rules.attention=LoRA", "rules.attention = 'LoRA' should be a valid dictionary"),
+    ("rules.attention={rank: 3}", "names no method"),
+    ("rules.attention={method: Chain, methods: 3}", "must be a list of two or more rules"),
+    ("rules={}", "'rules' is empty"),
+    ("model={}", "'model.source' is missing"),
+    ("train.epochs=2.5", "train.epochs = 2.5 should be a valid integer"),
+    ("train.epochs=0", "train.epochs = 0 should be greater than or equal to 1"),
+    ("train.learning_rate=true", "should be a valid number"),
+    ("train.betas=[0.9]", "train.betas = [0.9] must be two numbers"),
+    ("train.optimizer=adamx", "should be 'adamw', 'adam', 'sgd', 'lion' or 'adafactor'"),
+    ("train.warmup=-1", "train.warmup = -1 should be greater than or equal to 0"),
+    ("data.classes=[a]", "must be two or more different names"),
+    ("data.classes=[1, 2]", "data.classes.0 = 1 should be a valid string"),
+    ("data.test=0", "must be a number of rows"),
+    ("data.test=1.5", "must be a number of rows"),
+    ("data.buckets=[8, 4]", "must rise to data.max_length = 128"),
+    ("data.seed=-1", "data.seed = -1 should be"),
+    ("name=a/b", "as it names a folder"),
+    ("seed.x=1", "seed = {'x': 1} should be a valid integer"),
+])
+def test_mistake_is_one_line_with_its_full_path(file: Path, setting: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.load(file, [setting])
+    assert said in str(caught.value)
+    assert str(caught.value).startswith(str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_names_the_nearest(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no file .*jbo.yaml'; nearest: .*job.yaml'"):
+        config.load(file.with_name("jbo.yaml"))
+    file.write_text("- 1")
+    with pytest.raises(ConfigError, match="holds no mapping"):
+        config.load(file)
+
+
+def test_value_that_a_method_refuses(file: Path) -> None:
+    with pytest.raises(MethodConfigError, match="init_weights"):
+        config.load(file, ["rules.attention.init_weights=best"])
+
+
+def test_gaps_are_filled_and_the_file_reads_back(file: Path) -> None:
+    job = config.load(file, ["data.max_length=64"])
+    assert (job.name, job.train.learning_rate, job.data.buckets) == ("job", 1e-3, [16, 32, 48, 64])
+    assert job.data.source == str(Path("rows.csv").absolute())
+    file.write_bytes(config.write(job, "a command"))
+    assert file.read_text().startswith("# a command\n")
+    assert config.load(file) == job
+
+
+def test_every_field_can_be_set(file: Path) -> None:
+    others: dict[str, Any] = {
+        "name": "n", "seed": 1, "output": "o", "model.source": "hf:a/b", "model.sha256": "f" * 64,
+        "model.task": "classification",
+        "model.dtype": "bfloat16", "model.compute_dtype": "float32", "model.remat": "full", "model.dropout": 0.2,
+        "data.source": "hf:c/d", "data.sha256": "e" * 64, "data.text": "t", "data.label": "l", "data.classes": 3,
+        "data.where": {"a": 1}, "data.test": 0.5, "data.validation": 5, "data.seed": 2, "data.max_length": 9,
+        "data.buckets": [9], "rules": {"mlp": {"method": "IA3"}}, "train.epochs": 3, "train.batch_size": 4,
+        "train.optimizer": "lion", "train.learning_rate": 1e-4, "train.schedule": "cosine", "train.warmup": 5,
+        "train.weight_decay": 0.5, "train.clip": 2.0, "train.betas": [0.5, 0.6], "train.eps": 1e-6,
+        "train.lora_plus": 16.0, "train.eval_every": 7, "train.save_every": 8, "train.keep": 4}
+    sections = ("model", "data", "train")
+    assert set(others) | set(sections) == set(config._known(config.JobConfig))
+    written = {path: yamlio.dump(value).removesuffix("...\n") for path, value in others.items()}
+    job = config.load(file, [f"{path}={text}" for path, text in written.items()])
+    plain = job.model_dump()
+    for path, value in others.items():
+        section, _, field = path.rpartition(".")
+        assert (plain[section] if section else plain)[field] == value, path
+
+
+def test_what_a_resumed_run_may_change(file: Path) -> None:
+    job = config.load(file)
+    assert config.load(file, ["train.keep=9", "output=x", "train.save_every=3"], "other").hash() == job.hash()
+    changed = config.load(file, ["train.epochs=9", "rules.attention.rank=4"])
+    assert changed.hash() != job.hash()
+    assert changed.differences(job) == ["rules.attention.rank", "train.epochs"]
+
+
+def test_rules_become_methods() -> None:
+    methods = to_methods({
+        "mlp": {"method": "LoRA", "rank": [1, 2], "layers": [0]},
+        "attention": {"method": "Chain", "methods": [{"method": "LoRA", "alpha": 4}, {"method": "IA3"}]},
+        "k": {"method": "PrefixTuning", "channels": [0, 4]}})
+    patterns = list(methods)
+    assert isinstance(patterns[0], Layers)
+    assert list(methods.values()) == [
+        jpeft.LoRA(rank=(1, 2)), jpeft.Chain((jpeft.LoRA(alpha=4.0), jpeft.IA3())), jpeft.PrefixTuning(channels=(0, 4))]
+    assert tokens_for(methods, True) == jpeft.Tokens(segments="token_types")
+    assert tokens_for({"a": jpeft.LoRA()}, True) is None
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_says_what_it_does(name: str) -> None:
+    what, paper = described(name)
+    assert what.endswith(".")
+    assert ("arXiv" in paper) == (name not in ("Full", "Chain"))

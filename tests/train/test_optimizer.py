@@ -1,0 +1,115 @@
+"""Optimisers by name: each is the Optax one it says, with our schedule, decay and clipping."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jpeft
+from jpeft.errors import NoMatchError, TrainConfigError
+from jpeft.optim import decay_mask
+from jpeft.train.optimizer import Optimizer, make, schedule
+
+PARAMS = {"w": {"a": jnp.arange(1.0, 7).reshape(3, 2), "b": jnp.ones((2, 3))}, "s": {"m": jnp.full((1, 3), 2.0)}}
+GRADS = jax.tree.map(lambda x: jnp.cos(3 * x), PARAMS)
+
+
+def after(tx, steps=3):
+    params, state = PARAMS, tx.init(PARAMS)
+    update = jax.jit(tx.update)
+    for _ in range(steps):
+        updates, state = update(GRADS, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def assert_same(ours, theirs):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), after(ours), after(theirs))
+
+
+@pytest.mark.parametrize(("optimizer", "theirs"), [
+    (Optimizer("adamw", 0.1, weight_decay=0.3), lambda rate: optax.adamw(rate, weight_decay=0.3, mask=decay_mask)),
+    (Optimizer("adamw", 0.1, betas=(0.5, 0.7), eps=1e-3),
+     lambda rate: optax.adamw(rate, 0.5, 0.7, 1e-3, weight_decay=0.0)),
+    (Optimizer("adam", 0.1, betas=(0.5, 0.7)), lambda rate: optax.adam(rate, 0.5, 0.7)),
+    (Optimizer("lion", 0.1, weight_decay=0.3), lambda rate: optax.lion(rate, weight_decay=0.3, mask=decay_mask)),
+    (Optimizer("sgd", 0.1), optax.sgd),
+    (Optimizer("sgd", 0.1, betas=[0.9, 0.999]), lambda rate: optax.sgd(rate, 0.9)),
+    (Optimizer("adafactor", 0.1), optax.adafactor),
+    (Optimizer("adamw", 0.1, clip=0.5),
+     lambda rate: optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(rate, weight_decay=0.0))),
+    (Optimizer("adamw", 0.1, lora_plus=4.0, weight_decay=0.3),
+     lambda rate: jpeft.optim.lora_plus(rate, 4.0, weight_decay=0.3, mask=decay_mask)),
+], ids=lambda x: x.name if isinstance(x, Optimizer) else "")
+def test_is_what_optax_has(optimizer, theirs):
+    tx, rate = make(optimizer, 5, PARAMS)
+    assert_same(tx, theirs(rate))
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor"])
+def test_decay_is_decoupled_and_spares_vectors(name):
+    zero = jax.tree.map(jnp.zeros_like, GRADS)
+    tx, _ = make(Optimizer(name, 0.1, schedule="constant", weight_decay=0.5), 5, PARAMS)
+    updates, _ = tx.update(zero, tx.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(updates["w"]["a"], -0.1 * 0.5 * PARAMS["w"]["a"], rtol=1e-6)
+    assert not updates["s"]["m"].any()
+
+
+def test_clip_is_of_all_trainable_gradients_before_lora_plus():
+    tx, _ = make(Optimizer("sgd", 1.0, schedule="constant", clip=1.0, lora_plus=2.0), 5, PARAMS)
+    updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS)
+    norm = float(optax.tree.norm(GRADS))
+    assert norm > 1
+    np.testing.assert_allclose(updates["w"]["a"], -GRADS["w"]["a"] / norm, rtol=1e-5)
+    np.testing.assert_allclose(updates["w"]["b"], -2 * GRADS["w"]["b"] / norm, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "warmup", "total", "want"), [
+    ("linear", 0, 4, [1, 0.75, 0.5, 0.25]),
+    ("linear", 0.5, 4, [0.5, 1, 1, 0.5]),
+    ("linear", 4, 4, [0.25, 0.5, 0.75, 1]),
+    ("linear", 1, 1, [1]),
+    ("cosine", 0, 4, [1, 0.8536, 0.5, 0.1464]),
+    ("constant", 2, 4, [0.5, 1, 1, 1]),
+    ("constant", 0.0, 2, [1, 1]),
+])
+def test_schedules(kind, warmup, total, want):
+    rate = schedule(kind, 2.0, warmup, total)
+    np.testing.assert_allclose([float(rate(n)) / 2 for n in range(total)], want, atol=1e-4)
+    assert float(jax.jit(rate)(jnp.int32(total - 1))) > 0
+
+
+def test_the_plan_recommends_a_rate():
+    params = {"w": jnp.ones((4, 4))}
+    plan = jpeft.plan(lambda p, x: x @ p["w"], params, (jnp.ones((1, 4)),), {"w": jpeft.LoRA(rank=2)})
+    _, rate = make(Optimizer(schedule="constant"), 5, PARAMS, plan)
+    assert float(rate(0)) == pytest.approx(jpeft.LoRA.recommended_lr)
+    with pytest.raises(TrainConfigError, match="learning_rate is not set and there is no plan"):
+        make(Optimizer(), 5, PARAMS)
+
+
+@pytest.mark.parametrize(("fields", "text"), [
+    ({"name": "adamW"}, r"name = 'adamW' is none of .* \(nearest: 'adam"),
+    ({"schedule": "cosin"}, "schedule = 'cosin' is none of .*'cosine'"),
+    ({"learning_rate": 0}, "learning_rate = 0 must be a number above 0"),
+    ({"learning_rate": float("nan")}, "learning_rate = nan must be"),
+    ({"clip": -1.0}, "clip = -1.0 must be"),
+    ({"weight_decay": -0.1}, "weight_decay = -0.1 must be 0 or more"),
+    ({"name": "adam", "weight_decay": 0.1}, "adam has no weight decay.*use adamw"),
+    ({"warmup": 2.5}, "warmup = 2.5 must be a share below 1 or a whole number"),
+    ({"warmup": -1}, "warmup = -1 must be"),
+    ({"betas": (0.9, 1.0)}, r"betas = \(0.9, 1.0\) must be two numbers in \[0, 1\)"),
+])
+def test_fields_that_make_no_sense(fields, text):
+    with pytest.raises(TrainConfigError, match=text):
+        Optimizer(**fields)
+
+
+def test_arguments_that_do_not_fit():
+    with pytest.raises(TrainConfigError, match="warmup = 9 steps is longer than the training of 5"):
+        make(Optimizer(learning_rate=0.1, warmup=9), 5, PARAMS)
+    with pytest.raises(TrainConfigError, match="total_steps = 0 must be 1 or more"):
+        make(Optimizer(learning_rate=0.1), 0, PARAMS)
+    with pytest.raises(NoMatchError, match=r"LoRA\+ needs"):
+        make(Optimizer(learning_rate=0.1, lora_plus=4.0), 5, {"s": PARAMS["s"]})
