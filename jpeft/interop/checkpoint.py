@@ -29,7 +29,8 @@ class Row(NamedTuple):
         leaf: path in params.
         stored: name in the file; each `{}` is an index into a leading, stacked axis of the leaf.
         layout: how one slice of the leaf is stored: "same"; "flat", as a vector; "in", the transposed matrix of a
-            kernel whose first dim is the input; "out", that of a kernel whose last dim is the output.
+            kernel whose first dim is the input; "out", that of a kernel whose last dim is the output; "rows" and
+            "columns", these two matrices as they are.
     """
 
     leaf: str
@@ -53,7 +54,11 @@ class Row(NamedTuple):
             return (math.prod(rest),)
         if self.layout == "in":
             return (math.prod(rest[1:]), rest[0])
-        return (rest[-1], math.prod(rest[:-1])) if self.layout == "out" else rest
+        if self.layout == "out":
+            return (rest[-1], math.prod(rest[:-1]))
+        if self.layout == "rows":
+            return (rest[0], math.prod(rest[1:]))
+        return (math.prod(rest[:-1]), rest[-1]) if self.layout == "columns" else rest
 
     def to_leaf(self, tensor: np.ndarray, shape: Sequence[int]) -> np.ndarray:
         """Arrange a stored tensor as one slice of a leaf of this shape."""
@@ -61,9 +66,13 @@ class Row(NamedTuple):
 
     def to_stored(self, part: np.ndarray) -> np.ndarray:
         """Arrange one slice of a leaf as it is stored."""
-        if self.layout in ("in", "out"):
-            return part.reshape((part.shape[0], -1) if self.layout == "in" else (-1, part.shape[-1])).T
-        return part.reshape(-1) if self.layout == "flat" else part
+        if self.layout in ("in", "rows"):
+            part = part.reshape(part.shape[0], -1)
+        elif self.layout in ("out", "columns"):
+            part = part.reshape(-1, part.shape[-1])
+        elif self.layout == "flat":
+            part = part.reshape(-1)
+        return part.T if self.layout in ("in", "out") else part
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from jpeft.interop.checkpoint import Names, Row
+from jpeft.interop.family import Family
 from jpeft.interop.hfconfig import ConfigTable, Key
+from jpeft.interop.tensors import Tensors
+from jpeft.models.encoder import TASKS, Encoder, EncoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderFamily:
+class EncoderFamily(Family):
     """One `model_type`.
 
     Attributes:
@@ -29,6 +32,24 @@ class EncoderFamily:
     body: tuple[Row, ...]
     head: Mapping[str, tuple[Row, ...]]
     others: tuple[str, ...]
+
+    model: ClassVar[type[Encoder]] = Encoder
+    tasks: ClassVar[tuple[str, ...]] = TASKS
+    default: ClassVar[str] = "hidden"
+    head_leaf: ClassVar[str] = "classifier/bias"
+    fresh: ClassVar[tuple[str, ...]] = ("pooler", "classifier")
+    saved: ClassVar[tuple[str, ...]] = ("classification", "token-classification")
+    rates: ClassVar[tuple[str, ...]] = ("dropout", "attention_dropout", "head_dropout")
+
+    def read(self, raw: Mapping[str, Any], where: str, **fields: Any) -> EncoderConfig:
+        return EncoderConfig(**{**self.config.read(raw, where), "pooler": True, **fields})
+
+    def write(self, raw: Mapping[str, Any], config: EncoderConfig) -> dict[str, Any]:
+        return self.config.write(raw, dataclasses.asdict(config))
+
+    def adjusted(self, config: EncoderConfig, held: Mapping[str, Any], tensors: Tensors) -> EncoderConfig:
+        pooler = config.task == "classification" or "pooler/kernel" in held
+        return dataclasses.replace(config, pooler=pooler)
 
     def names(self, config: Any) -> Names:
         """Return the name table for the task and pooler of a configuration."""

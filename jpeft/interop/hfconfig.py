@@ -42,10 +42,12 @@ class Key(NamedTuple):
     Attributes:
         field: the field of the model's configuration.
         default: what transformers takes when the key is absent.
+        optional: whether the key may be null although its default is not.
     """
 
     field: str
     default: Any
+    optional: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,7 @@ class ConfigTable:
                 lines.append(f"{name} = {value!r} is not implemented ({nearest(name, known, 1)})")
             elif name in fixed and not any(_same(value, allowed) for allowed in fixed[name]):
                 lines.append(f"{name} = {value!r} is not implemented, only {' or '.join(map(repr, fixed[name]))}")
-            elif name in self.keys and not _fits(value, self.keys[name].default):
+            elif name in self.keys and not _fits(value, self.keys[name]):
                 lines.append(f"{name} = {value!r} must be like {self.keys[name].default!r}")
         if lines:
             raise ModelConfigError(f"{where}: {'; '.join(lines)}")
@@ -102,9 +104,12 @@ def _same(value: Any, allowed: Any) -> bool:
     return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
 
 
-def _fits(value: Any, default: Any) -> bool:
+def _fits(value: Any, key: Key) -> bool:
+    default = key.default
+    if value is None:
+        return default is None or key.optional
     if default is None:
-        return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+        return isinstance(value, int | float) and not isinstance(value, bool)
     if isinstance(default, bool):
         return isinstance(value, bool)
     if isinstance(default, float):

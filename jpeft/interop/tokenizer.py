@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jpeft.errors import CheckpointError, ModelInputError
+from jpeft.interop.chat import render, template_of
 from jpeft.interop.tensors import read_json
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Tokenizer:
         token_types: whether the model has token types, so that a call returns them.
         special: ids by role ("pad_token", "cls_token", "mask_token", ...).
         files: the folder's tokenizer files as they are; `save` writes them back.
+        template: the chat template, in Jinja; "": there is none.
 
     Example:
         >>> import tokenizers
@@ -50,6 +52,7 @@ class Tokenizer:
     token_types: bool
     special: dict[str, int] = dataclasses.field(default_factory=dict)
     files: dict[str, bytes] = dataclasses.field(default_factory=dict, repr=False)
+    template: str = dataclasses.field(default="", repr=False)
 
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None, max_length: int | None = None,
                special: bool = True) -> list[tokenizers.Encoding]:
@@ -117,6 +120,29 @@ class Tokenizer:
         rows = [[int(i) for i in row] for row in np.asarray(tokens)]
         return list(self.raw.decode_batch(rows, skip_special_tokens=not special))
 
+    def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, *,
+             default_system: bool = True, **variables: Any) -> str:
+        """Write a conversation as the model's chat template says; encode the text with `special=False`.
+
+        Args:
+            messages: `{"role": "user" | "assistant" | "system" | ..., "content": text}`, in order.
+            add_generation_prompt: end with the opening of the assistant's answer.
+            default_system: keep the system prompt that the template writes of its own where `messages` have none.
+            variables: what else the template reads ("tools", "enable_thinking", ...).
+
+        Raises:
+            ModelInputError: there is no template, the template refuses these messages, or jinja2 is missing.
+
+        Example:
+            >>> import tokenizers
+            >>> raw = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0}, "[UNK]"))
+            >>> template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+            >>> Tokenizer(raw, 0, 8, False, template=template).chat([{"role": "user", "content": "Hi"}])
+            '<user>Hi'
+        """
+        names = {role: self.raw.id_to_token(number) for role, number in self.special.items()}
+        return render(self.template, messages, {**names, **variables}, add_generation_prompt, default_system)
+
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files to a folder."""
         for name, data in (self.files or {MAIN: self.raw.to_str(pretty=True).encode()}).items():
@@ -161,4 +187,5 @@ def read(folder: Path, pad_id: int, max_length: int, token_types: bool) -> Token
         special["pad_token"] = int(padding["pad_id"])
     limit = said.get("model_max_length")
     limit = min(int(limit), max_length) if isinstance(limit, int | float) else max_length
-    return Tokenizer(raw, special.get("pad_token", pad_id), limit, token_types, special, kept)
+    template = template_of(kept.get("chat_template.jinja"), said.get("chat_template"))
+    return Tokenizer(raw, special.get("pad_token", pad_id), limit, token_types, special, kept, template)

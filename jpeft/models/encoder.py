@@ -8,6 +8,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jpeft.errors import ModelConfigError, ModelInputError
 from jpeft.models.layers import ACTIVATIONS, REMAT, attention, choose, stacked, visible
@@ -135,10 +136,11 @@ class Attention(_Block):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         c = self.config
-        query, key, value = (self.dense((c.heads, c.head_size), name)(x) for name in ("query", "key", "value"))
+        query, key, value = (checkpoint_name(self.dense((c.heads, c.head_size), name)(x), name)
+                             for name in ("query", "key", "value"))
         rng = self.make_rng("dropout") if self.train and c.attention_dropout else None
-        mixed = attention(query, key, value, mask, c.attention_dropout, rng)
-        return self.dense(c.hidden_size, "out", axis=(-2, -1))(mixed)
+        mixed = checkpoint_name(attention(query, key, value, mask, c.attention_dropout, rng), "attention_mix")
+        return checkpoint_name(self.dense(c.hidden_size, "out", axis=(-2, -1))(mixed), "attention_out")
 
 
 class Mlp(_Block):
@@ -147,7 +149,8 @@ class Mlp(_Block):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         inner = ACTIVATIONS[self.config.activation](self.dense(self.config.mlp_size, "up")(x))
-        return self.dense(self.config.hidden_size, "down")(inner)
+        outer = self.dense(self.config.hidden_size, "down")(checkpoint_name(inner, "mlp_inner"))
+        return checkpoint_name(outer, "mlp_out")
 
 
 class Layer(_Block):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -11,10 +11,13 @@ class Output(NamedTuple):
     """The result of `model.apply`; a pytree.
 
     Attributes:
-        logits: `[B, classes]` for classification, `[B, T, classes]` for token classification.
+        logits: `[B, classes]` for classification, `[B, T, classes]` for token classification, `[B, T, V]` of a language
+            model that was given no labels.
         hidden: the last layer's output `[B, T, D]`.
         embedding: one vector per sequence `[B, D]`, for the embedding task.
         pooled: first token after the pooler `[B, D]`, for plain hidden states of a model that has one.
+        cache: keys and values of all tokens so far, of a language model that was given a cache.
+        loss: mean cross-entropy over the labels, a scalar, where there were labels.
 
     Example:
         >>> import jax.numpy as jnp
@@ -27,3 +30,5 @@ class Output(NamedTuple):
     hidden: jax.Array | None = None
     embedding: jax.Array | None = None
     pooled: jax.Array | None = None
+    cache: Any = None
+    loss: jax.Array | None = None

