@@ -95,7 +95,8 @@ def _check_theta(plan: Any, trainable: Any, frozen: Any, order: str) -> None:
     for what, have, want in zip(("trainable", "frozen.theta"), (trainable, frozen.theta), plan.theta_shapes(),
                                 strict=True):
         remedy = "pass what jpeft.init or jpeft.load returned for this plan"
-        paths = set(have) if isinstance(have, Mapping) else {type(have).__name__}
+        paths = {p for p, v in have.items() if p in want or not isinstance(v, Mapping) or v} \
+            if isinstance(have, Mapping) else {type(have).__name__}
         if paths != set(want):
             raise CallError(f"{what} lacks {sorted(set(want) - paths)[:3]} and has "
                             f"{sorted(map(str, paths - set(want)))[:3]} beyond the plan; {remedy}")
