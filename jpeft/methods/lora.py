@@ -75,7 +75,7 @@ class LoRA(Method):
         most = min(site.in_size, site.out_size)
         if min(ranks) < (0 if len(ranks) > 1 else 1) or self.width < 1 or self.width > most:
             raise MethodConfigError(f"{name}(rank={self.rank}) does not fit {site.path!r} of {site.in_size} inputs and "
-                                    f"{site.out_size} outputs; use a rank from 1 to {most}")
+                                    f"{site.out_size} outputs; use a rank from 1 to {most}, or exclude the leaf")
         if isinstance(self.rank, tuple) and (not site.stack_dims or len(ranks) != site.shape[site.stack_dims[0]]):
             layers = site.shape[site.stack_dims[0]] if site.stack_dims else "no"
             raise MethodConfigError(f"{name} has {len(ranks)} ranks, but {site.path!r} has {layers} stacked layers; "

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import safetensors.numpy
 
 GOLDEN = Path(__file__).parent / "golden" / "decoder.npz"
@@ -135,6 +136,10 @@ CASES = (
     _case("gpt2-options", "gpt2", "right", n_inner=20, scale_attn_by_inverse_layer_idx=True, scale_attn_weights=False,
           activation_function="relu", tie_word_embeddings=False),
 )
+
+_FIRST = {case.kind: case for case in reversed(CASES)}
+ROWS = [pytest.param(case, id=case.name, marks=() if _FIRST[case.kind] is case else pytest.mark.slow) for case in CASES]
+"""One case of each family in the default tier, all of them in the slow one."""
 
 
 def _linear(name: str, out: int, into: int, bias: bool = False) -> dict[str, tuple[int, ...]]:

@@ -15,7 +15,18 @@ import pytest
 
 pytest.importorskip("flax", reason="needs flax, which the models are written in")
 
-from models.decoder_cases import CASES, GOLDEN, STEMS, Case, inputs, labels, torch_model, torch_outputs, write
+from models.decoder_cases import (
+    CASES,
+    GOLDEN,
+    ROWS,
+    STEMS,
+    Case,
+    inputs,
+    labels,
+    torch_model,
+    torch_outputs,
+    write,
+)
 from support import quick_compile
 
 from jpeft.interop.decoders import DECODERS
@@ -23,7 +34,7 @@ from jpeft.interop.pretrained import from_pretrained, save_pretrained
 
 MISSING = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
 live = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}")
-rows = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+rows = pytest.mark.parametrize("case", ROWS)
 BY_NAME = {case.name: case for case in CASES}
 
 

@@ -182,6 +182,7 @@ def test_a_full_cache_is_nan_and_no_silence() -> None:
     assert jnp.isnan(logits).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "names"])
 def test_remat_changes_nothing(remat: str) -> None:
     model, params = tiny()
@@ -192,6 +193,7 @@ def test_remat_changes_nothing(remat: str) -> None:
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), one, other)
 
 
+@pytest.mark.slow
 def test_lora_on_all_linears_forms_no_weight() -> None:
     model, params = tiny(tied=False, gated=True)
     tokens, wanted = jnp.ones((2, 5), int), jnp.asarray([[5, 6], [7, 1]])
@@ -208,6 +210,7 @@ def test_lora_on_all_linears_forms_no_weight() -> None:
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_learns_to_copy() -> None:
     """A few steps on one batch: the loss of a copied text falls far below that of guessing."""
     import optax
