@@ -15,7 +15,7 @@ import safetensors.numpy
 
 pytest.importorskip("flax", reason="needs flax, which the models are written in")
 
-from models.decoder_cases import CASES, ROWS, Case, tensors, write
+from models.decoder_cases import CASES, EACH, Case, tensors, write
 
 from jpeft.errors import CheckpointError, ModelConfigError
 from jpeft.interop import hfrope
@@ -26,7 +26,7 @@ from jpeft.models.decoder import Decoder
 from jpeft.models.rope import Rope
 
 BY_NAME = {case.name: case for case in CASES}
-rows = pytest.mark.parametrize("case", ROWS)
+rows = pytest.mark.parametrize("case", EACH)
 
 
 def stored(folder: Path) -> dict[str, np.ndarray]:

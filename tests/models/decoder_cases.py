@@ -138,7 +138,7 @@ CASES = (
 )
 
 _FIRST = {case.kind: case for case in reversed(CASES)}
-ROWS = [pytest.param(case, id=case.name, marks=() if _FIRST[case.kind] is case else pytest.mark.slow) for case in CASES]
+EACH = [pytest.param(case, id=case.name, marks=() if _FIRST[case.kind] is case else pytest.mark.slow) for case in CASES]
 """One case of each family in the default tier, all of them in the slow one."""
 
 

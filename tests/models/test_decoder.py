@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("flax", reason="needs flax, which the models are written in")
 
 from gallery.audit import dense_weights
-from models.decoder_cases import CASES, ROWS, Case, inputs
+from models.decoder_cases import CASES, EACH, Case, inputs
 from support import assert_close, quick_compile, randomise
 
 import jpeft
@@ -48,7 +48,7 @@ def model_of(case: Case) -> Decoder:
     return Decoder(DECODERS[case.kind].read(case.config, case.name, task=case.task, labels=3))
 
 
-@pytest.mark.parametrize("case", ROWS)
+@pytest.mark.parametrize("case", EACH)
 def test_lora_materialises_no_weight_in_any_family(case: Case) -> None:
     model = model_of(case)
     batch, params = inputs(case), model.shapes()

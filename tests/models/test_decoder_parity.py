@@ -17,8 +17,8 @@ pytest.importorskip("flax", reason="needs flax, which the models are written in"
 
 from models.decoder_cases import (
     CASES,
+    EACH,
     GOLDEN,
-    ROWS,
     STEMS,
     Case,
     inputs,
@@ -34,7 +34,7 @@ from jpeft.interop.pretrained import from_pretrained, save_pretrained
 
 MISSING = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
 live = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}")
-rows = pytest.mark.parametrize("case", ROWS)
+rows = pytest.mark.parametrize("case", EACH)
 BY_NAME = {case.name: case for case in CASES}
 
 
