@@ -112,6 +112,7 @@ def test_the_program_does_not_grow_with_depth(config: DecoderConfig) -> None:
     assert size(32) == size(4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "dots", "names"])
 def test_remat_changes_neither_values_nor_gradients(remat: str) -> None:
     plain, params = made()
@@ -188,6 +189,7 @@ def test_a_ring_takes_any_number_of_tokens() -> None:
     assert_close(out.hidden, run(model, params, many).hidden[:, 18:], 2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [BASE, MIXED, TABLE], ids=["plain", "mixed", "table"])
 def test_past_is_what_a_cache_would_hold(config: DecoderConfig) -> None:
     model, params = made(config)
@@ -218,6 +220,7 @@ def test_past_has_gradients_and_is_visible_in_every_segment() -> None:
     assert all(float(jnp.abs(g).min(axis=(0, 1, 3, 4)).max()) >= 0 and float(jnp.abs(g).max()) > 1e-3 for g in grads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [BASE, MIXED, RING, TABLE], ids=["plain", "mixed", "ring", "table"])
 def test_packed_sequences_are_those_apart(config: DecoderConfig) -> None:
     model, params = made(config)
@@ -261,6 +264,7 @@ def test_a_mask_of_its_own_for_every_token() -> None:
     assert_close(run(model, params, TOKENS, square), run(model, params, TOKENS, MASK), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", ["dropout", "attention_dropout", "embedding_dropout"])
 def test_each_dropout_rate_acts_and_only_with_a_key(rate: str) -> None:
     model, params = made(dataclasses.replace(BASE, **{rate: 0.4}))

@@ -54,6 +54,7 @@ def uncached(made: Decoder, params: Any, prompt: list[int], count: int, width: i
     return ids[len(prompt):]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [
     {},
     {"window": 6, "local": (0, 1)},
