@@ -441,7 +441,7 @@ def smollm() -> Path:
 @pytest.mark.parametrize("prefix", [True, False])
 def test_pieces_are_those_of_sentencepiece(prefix: bool, tmp_path: Path) -> None:
     """A model trained on the spot, read through GGUF, against the library that trained it."""
-    sentencepiece = pytest.importorskip("sentencepiece", reason="needs sentencepiece, whose ids are the oracle")
+    sentencepiece = pytest.importorskip("sentencepiece", reason="needs sentencepiece, the oracle")
     files = [Path(__file__).parents[2] / name for name in ("README.md", "CONTRIBUTING.md")]
     text = [line for file in files for line in file.read_text().splitlines() if line]
     sentencepiece.SentencePieceTrainer.train(
@@ -496,9 +496,9 @@ def test_smollm2_speaks(smollm: Path) -> None:
 
 @pytest.mark.slow
 def test_smollm2_as_transformers_reads_it(smollm: Path, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers", reason="needs transformers, whose tensors and ids are the oracle")
+    transformers = pytest.importorskip("transformers", reason="needs transformers, the oracle")
     pytest.importorskip("torch", reason="needs torch, which transformers loads into")
-    pytest.importorskip("accelerate", reason="needs accelerate, which transformers reads GGUF files with")
+    pytest.importorskip("accelerate", reason="needs accelerate, which reads GGUF files")
     model = read_gguf(smollm)
     other = transformers.AutoModelForCausalLM.from_pretrained(smollm.parent, gguf_file=smollm.name)
     theirs = other.state_dict()
