@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,10 @@ _FLAGS = {"--xla_force_host_platform_device_count": "8", "--xla_backend_optimiza
 _user = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join([_user, *(f"{k}={v}" for k, v in _FLAGS.items() if k not in _user)]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# A shell starts background jobs with Ctrl-C ignored; tests of Ctrl-C need it as it is in a terminal.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest.register_assert_rewrite("cases", "flops", "gallery", "layouts", "support")
 

@@ -122,3 +122,41 @@ def test_a_lora_step_needs_less_memory_than_the_alternatives():
     lora = flops.temp_bytes(step(adapted))
     dense = flops.temp_bytes(step(lambda t, f, x: apply(jpeft.merge(plan, t, f), x)))
     assert lora < dense
+
+
+METHODS = {"LoRA": jpeft.LoRA(rank=RANK, alpha=8), "DoRA": jpeft.DoRA(rank=RANK, alpha=8), "IA3": jpeft.IA3(),
+           "LoKr": jpeft.LoKr(rank=RANK), "OFT": jpeft.OFT(block_size=8), "Pfeiffer": jpeft.Pfeiffer(bottleneck=4)}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_the_backward_pass_of_a_scan_reads_the_weights_where_they_lie(method):
+    """What a scan saves for its backward pass holds no copy of the stacked base weights."""
+    _, params, x, _ = _setup(True, False)
+
+    def apply(p, x):
+        return T.apply(p, x, 4, False)
+
+    plan = jpeft.plan(apply, params, (x,), {"all-linear": method})
+    trainable, frozen = jpeft.init(plan, params, jax.random.key(2))
+    adapted = jpeft.adapt(apply, plan)
+    weights = {leaf.shape for path, leaf in flat(params) if leaf.ndim == 3}
+    assert weights >= {(LAYERS, D, F), (LAYERS, F, D)}
+    grads = jax.make_jaxpr(jax.grad(lambda t: T.loss(adapted(t, frozen, x))))(trainable)
+    saved = [v.aval.shape for scan in scans(grads.jaxpr) for v in scan.outvars]
+    assert (LAYERS, B, LEN, D) in saved or (LAYERS, B * LEN, D) in saved, "the test looks in the wrong place"
+    assert not [shape for shape in saved if shape in weights]
+
+
+def flat(tree):
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def scans(jaxpr):
+    """Yield every scan in a jaxpr."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan":
+            yield eqn
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from scans(inner)

@@ -76,8 +76,9 @@ class _Slices:
 
     def one(self, slices: Sequence[jax.Array]) -> Leaf:
         it = iter(slices)
-        thin = self.leaf.along(0, lambda a, axis: jnp.expand_dims(next(it), axis), (1,))
-        return thin.reshape(thin.shape[1:])
+        # The slice as it comes, without an axis put in and taken out: it is then known to be part of what was scanned
+        # over, and the backward pass reads that instead of a stacked copy.
+        return self.leaf.along(0, lambda a, axis: next(it), ())
 
 
 @register("scan")

@@ -12,8 +12,15 @@ import jax.numpy as jnp
 
 from jpeft.errors import ModelConfigError, nearest
 
-_gelu = functools.partial(jax.nn.gelu, approximate=False)
-_gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
+
+def _lean(fn: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """Keep the input alone for the backward pass: the rest costs less to compute again than to store and fetch."""
+    return jax.checkpoint(fn, prevent_cse=False)
+
+
+_gelu = _lean(functools.partial(jax.nn.gelu, approximate=False))
+_gelu_tanh = _lean(functools.partial(jax.nn.gelu, approximate=True))
+_silu = _lean(jax.nn.silu)
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": _gelu,
@@ -24,14 +31,14 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_python_tanh": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
     "linear": lambda x: x,
-    "mish": jax.nn.mish,
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "mish": _lean(jax.nn.mish),
+    "quick_gelu": _lean(lambda x: x * jax.nn.sigmoid(1.702 * x)),
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "relu6": jax.nn.relu6,
     "sigmoid": jax.nn.sigmoid,
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
+    "silu": _silu,
+    "swish": _silu,
     "tanh": jnp.tanh,
 }
 
