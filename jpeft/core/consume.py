@@ -18,6 +18,7 @@ from jpeft.core.einsum import Dot
 from jpeft.core.factor import Unsupported
 from jpeft.core.interpret import Context, register
 from jpeft.core.leaf import NONE, Leaf, Lookup, Origin, Pending, hook_theta, unhook
+from jpeft.errors import CallError
 
 
 def _token_axis(ctx: Context, eqn: Any) -> int | None:
@@ -36,9 +37,22 @@ def _finish(ctx: Context, eqn: Any, leaf: Leaf, y: Any, hooks: Sequence[Any], fe
         return [Pending(y, leaf.paths, (), tuple(features), None, None)]
     if not hooks:
         return [y]
-    bias = ctx.biases.get(leaf.paths[0])
+    bias, token = ctx.biases.get(leaf.paths[0]), _token_axis(ctx, eqn)
+    if ctx.tokens and token is None:
+        hooks = [h for h in hooks if not _without_rows(ctx, eqn, h.fn)]
     pairs = tuple((h.fn, hook_theta(h)) for h in hooks)
-    return [Pending(y, leaf.paths, pairs, tuple(features), _token_axis(ctx, eqn), bias)]
+    return [Pending(y, leaf.paths, pairs, tuple(features), token, bias)]
+
+
+def _without_rows(ctx: Context, eqn: Any, hook: Any) -> bool:
+    """Whether a method has virtual tokens and this use of its leaf does not: a table that a second text reads too."""
+    if not hook.method.virtual_tokens:
+        return False
+    if hook.site.use == "linear":
+        raise CallError(f"{ctx.where(eqn)} applies {hook.site.path!r} to tokens that have no virtual ones before them; "
+                        f"limit the rule of {type(hook.method).__name__} to the leaves of the text that "
+                        "jpeft.Tokens(ids=...) names")
+    return True
 
 
 def _pick(ctx: Context, eqn: Any, values: list[Any]) -> int:

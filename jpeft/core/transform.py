@@ -113,13 +113,15 @@ def _check_call(plan: Plan, trainable: Any, frozen: Any, call: Any) -> None:
         raise CallError(f"peft is a {type(call).__name__}; pass peft=jpeft.Call(key=...)")
     if call.key is not None:
         _check_key(call.key, "peft=Call(key=...)")
+    if not isinstance(call.continued, bool | None):
+        raise CallError("peft=Call(continued=...) is no bool but an array; make the Call inside the jitted function")
     for field in ("task", "adapter", "lengths"):
         if getattr(call, field) is not None and not any(field in e.method.call for e in plan.entries):
             raise CallError(f"peft=Call({field}=...) is given, but no method of the plan reads it; drop it")
 
 
 def _inputs(plan: Plan, names: Sequence[str], leaves: Sequence[Any], trainable: Trainable, frozen: Frozen,
-            key: Any) -> list[Any]:
+            call: Call) -> list[Any]:
     """The interpreter's inputs: plain arrays, adapted leaves, and tracked biases of hooked leaves."""
     entries = {e.path: e for e in plan.entries}
     watched = {e.site.bias for e in plan.entries if e.method.hooks}
@@ -128,9 +130,11 @@ def _inputs(plan: Plan, names: Sequence[str], leaves: Sequence[Any], trainable: 
         entry = entries.get(name)
         value = leaf
         if entry is not None:
-            own = None if key is None else jax.random.fold_in(key, path_number(name))
+            own = None if call.key is None else jax.random.fold_in(call.key, path_number(name))
             value = entry.method.build(entry.site, jnp.asarray(leaf), _theta(plan, entry, trainable, frozen), own)
-            if isinstance(value, Hooked):
+            if isinstance(value, Hooked) and call.continued and entry.method.virtual_tokens:
+                value = value.of
+            elif isinstance(value, Hooked):
                 value = dataclasses.replace(value, fn=dataclasses.replace(value.fn, start=entry.start))
         if isinstance(value, Op) or name in watched:
             dims = tuple(frozenset({d}) for d in range(np.ndim(leaf)))
@@ -150,7 +154,7 @@ def _hashable(x: Any) -> bool:
 def _evaluate(apply: Apply, plan: Plan, trainable: Trainable, frozen: Frozen, args: Sequence[Any],
               kwargs: Mapping[str, Any], call: Call) -> Any:
     """Trace `apply` once and walk the jaxpr with the adapted leaves in place."""
-    n = plan.virtual_tokens
+    n = 0 if call.continued else plan.virtual_tokens
     plain_args, plain_kwargs = args, kwargs
     if n:
         assert plan.tokens is not None
@@ -166,7 +170,7 @@ def _evaluate(apply: Apply, plan: Plan, trainable: Trainable, frozen: Frozen, ar
         before = trace(apply, frozen.base, plain_args, plain_kwargs)
         ctx.tokens, ctx.moved = twins(traced.jaxpr, before.jaxpr, n)
         shapes = [tuple(v.aval.shape) for v in before.jaxpr.outvars]
-    inputs = _inputs(plan, traced.names, leaves, trainable, frozen, call.key)
+    inputs = _inputs(plan, traced.names, leaves, trainable, frozen, call)
     outs = [flush(v) for v in run(ctx, traced.jaxpr, traced.consts, (*inputs, *traced.arrays))]
     outs = [v.dense() if isinstance(v, Leaf) else v for v in outs]
     if n and plan.tokens is not None:
@@ -185,7 +189,8 @@ def adapt(apply: Apply, plan: Plan) -> Callable[..., Any]:
         plan: made for its parameters.
 
     Returns:
-        A function for jit, grad, jvp, vmap, pmap, scan, remat and shard_map. `peft` is its only reserved keyword.
+        A function for jit, grad, jvp, vmap, pmap, scan, remat and shard_map. `peft` is its only reserved keyword; its
+        attributes `apply` and `plan` are the two arguments.
         Called on concrete arrays outside any transformation, it is compiled once per shapes and static arguments.
 
     Raises:
@@ -224,6 +229,7 @@ def adapt(apply: Apply, plan: Plan) -> Callable[..., Any]:
             return evaluate(trainable, frozen, args, kwargs, peft)
         return compiled(treedef, static)([x for x, s in zip(leaves, static, strict=True) if s is None])
 
+    vars(adapted).update(apply=apply, plan=plan)
     return adapted
 
 
