@@ -87,7 +87,7 @@ def most_frequent(known: Sequence[str], questions: Sequence[Question]) -> tuple[
 
 def decoded(tokenizer: Tokenizer, rows: Iterable[Any]) -> list[str]:
     """Return the texts of rows of ids of any lengths, without special tokens."""
-    return [tokenizer.decode([row])[0] for row in rows]
+    return tokenizer.decode(rows)
 
 
 def samples(tokenizer: Tokenizer, questions: Sequence[Question], before: Sequence[Generation],
