@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, ClassVar
 
 import jax
@@ -15,6 +14,7 @@ from jpeft.core.method import Method, Theta
 from jpeft.core.ops import Op
 from jpeft.core.site import Site
 from jpeft.errors import MethodConfigError
+from jpeft.methods._lowrank import dropout_key, uniform
 
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
 
@@ -115,8 +115,7 @@ class LoRA(Method):
         elif self.init_weights == "orthogonal":
             a = jax.random.orthogonal(key, max(site.in_size, r), site.stack_shape, dtype)[..., : site.in_size, :r]
         else:
-            bound = 1.0 / math.sqrt(site.in_size)
-            a = jax.random.uniform(key, a_shape, dtype, -bound, bound)
+            a = uniform(key, a_shape, site.in_size, dtype)
         return {"a": self._fold(site, a, "a"), "b": self._fold(site, b, "b")}, frozen
 
     def _from_base(self, site: Site, base: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -145,13 +144,9 @@ class LoRA(Method):
         if "mask" in theta:
             mask = theta["mask"].astype(right.dtype)
             right = right * mask.reshape(mask.shape + (1,) * (right.ndim - stack - 1))
-        drop: tuple[jax.Array, tuple[int | str, ...]] | None = None
-        if key is not None and self.dropout > 0.0:
-            n = site.stack_size
-            data = jax.random.key_data(jax.random.split(key, n) if site.stack_dims else key[None])
-            drop = (data.reshape((*site.stack_shape, data.shape[-1])), (*site.stack_dims, "key"))
         return ops.product(site.shape, (theta[a], (*site.stack_dims, *site.in_dims, "r")),
-                           (right, (*site.stack_dims, "r", *site.out_dims)), rate=self.dropout, key=drop)
+                           (right, (*site.stack_dims, "r", *site.out_dims)), rate=self.dropout,
+                           key=dropout_key(site, key, self.dropout))
 
     def build(self, site: Site, base: Any, theta: Theta, key: jax.Array | None) -> jax.Array | Op:
         parts = [base, self.term(site, theta, key)]
