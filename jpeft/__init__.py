@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jpeft.core.structure
 import jpeft.core.views  # noqa: F401 - importing it registers its rules
 from jpeft import optim
+from jpeft.core.calibrate import Calibration
 from jpeft.core.consume import multiply
 from jpeft.core.explain import explain
 from jpeft.core.frozen import Frozen
@@ -30,6 +31,7 @@ from jpeft.core.transform import adapt, base, init, merge, merge_error, penalty
 from jpeft.errors import NotMergeable
 from jpeft.methods import *  # noqa: F403
 from jpeft.methods import __all__ as _methods
+from jpeft.methods.allocation import adalora_init, adalora_update
 
 if TYPE_CHECKING:
     from jpeft.interop.nnx import from_nnx
@@ -38,9 +40,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 __all__ = [
-    "Call", "Frozen", "Identity", "Method", "NotMergeable", "Plan", "Site", "Tokens", "adapt", "base", "combine",
-    "explain", "fingerprint", "from_nnx", "from_pretrained", "init", "inspect", "layers", "load", "mask", "merge",
-    "merge_error", "multiply", "optim", "partition", "penalty", "plan", "register_rule", "save", "save_pretrained",
+    "Calibration", "Call", "Frozen", "Identity", "Method", "NotMergeable", "Plan", "Site", "Tokens", "adalora_init",
+    "adalora_update", "adapt", "base", "combine", "explain", "fingerprint", "from_nnx", "from_pretrained", "init",
+    "inspect", "layers", "load", "mask", "merge", "merge_error", "multiply", "optim", "partition", "penalty", "plan",
+    "register_rule", "save", "save_pretrained",
     *_methods,
 ]
 

@@ -123,6 +123,7 @@ class Case:
         extra: from `{path: theta}`, the argument `extra` of `encoder` that does the same, if the method cannot merge.
         tokens: for methods with virtual tokens.
         exempt: law -> (reason, `file::test` that is passed instead).
+        tier: `default`, or `slow`: laws other than L1, L2 and L6 run in the slow tier.
     """
 
     name: str
@@ -132,6 +133,7 @@ class Case:
     extra: Callable[[Any], Any] | None = None
     tokens: jpeft.Tokens | None = None
     exempt: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    tier: str = "default"
 
 
 LORA, IA3 = jpeft.LoRA(rank=3, alpha=6), jpeft.IA3()
@@ -163,4 +165,22 @@ CASES = [
     Case("fourierft", {"layers/(query|up)/kernel": jpeft.FourierFT(n_frequency=9)}, 2 * L * 9, lambda m: (m, LORA)),
     Case("chain", {"layers/up/kernel": jpeft.Chain((jpeft.DoRA(rank=2), jpeft.OFT(blocks=2), jpeft.IA3(on="in")))},
          L * (2 * (D + F) + F + 2 * 28 + D)),
+    Case("vera", {QV: jpeft.VeRA(rank=5)}, 2 * L * (5 + H * K), lambda m: (m, IA3), tier="slow"),
+    Case("loha", {"layers/(up|out)/kernel": jpeft.LoHa(rank=2, alpha=4)}, 2 * L * 2 * (2 * D + D + F),
+         lambda m: (m, IA3), tier="slow"),
+    Case("hira", {QV: jpeft.HiRA(rank=3)}, 2 * L * 3 * (D + H * K), lambda m: (m, LORA), tier="slow"),
+    Case("miss", {"layers/out/kernel": jpeft.MiSS(rank=5), "layers/up/kernel": jpeft.MiSS(rank=4, mini=8)},
+         L * (5 * D + 4 * 8), lambda m: (m, IA3), tier="slow"),
+    Case("delora", {QV: jpeft.DeLoRA(rank=2)}, 2 * L * (2 * (D + H * K) + 1), lambda m: (m, IA3), tier="slow"),
+    Case("randlora", {"layers/(up|down)/kernel": jpeft.RandLoRA(rank=6, randlora_alpha=20)}, 2 * L * 3 * (6 + D),
+         lambda m: (m, IA3), tier="slow"),
+    Case("adalora", {QV: jpeft.AdaLoRA(init_r=3, target_r=2)}, 2 * L * 3 * (D + H * K + 1), lambda m: (m, IA3),
+         tier="slow"),
+    Case("lora-fa", {QV: jpeft.LoRAFA(rank=2, alpha=4)}, 2 * L * 2 * H * K, lambda m: (m, IA3), tier="slow"),
+    Case("pissa-fast", {QV: jpeft.LoRA(rank=2, init_weights="pissa_niter_2")}, 2 * L * 2 * (D + H * K),
+         lambda m: (m, IA3), tier="slow"),
+    Case("vblora", {QV: jpeft.VBLoRA(rank=2, num_vectors=5, vector_length=4)}, 2 * (L * 2 * 2 * 4 * 5 + 5 * 4),
+         lambda m: (m, IA3), tier="slow"),
+    Case("gralora", {"layers/(out|up)/kernel": jpeft.GraLoRA(rank=4, hybrid_r=2)}, L * 6 * (D + D + D + F),
+         lambda m: (m, IA3), tier="slow"),
 ]

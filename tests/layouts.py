@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 from support import assert_close, randomise, x64
 
@@ -86,6 +87,12 @@ LOOKUP = [
 def each(*layouts: Layout) -> dict[str, Any]:
     """Arguments of `pytest.mark.parametrize`."""
     return {"argnames": "layout", "argvalues": layouts, "ids": str}
+
+
+def sample(first: Layout, *more: Layout) -> dict[str, Any]:
+    """The same, with all but the first in the slow tier."""
+    return {"argnames": "layout", "argvalues": [first, *(pytest.param(m, marks=pytest.mark.slow) for m in more)],
+            "ids": str}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,6 +78,25 @@ class Method:
         """Return `(trainable, frozen)`, two flat dicts keyed by the paper's letters. Runs under jit."""
         raise MethodConfigError(f"{type(self).__name__} defines no init: write init(key, site, base)")
 
+    @property
+    def calibration(self) -> frozenset[str]:
+        """What `calibrate` wants to know of the data: `inputs`, `gradient`, or nothing."""
+        return frozenset()
+
+    def calibrate(self, key: jax.Array, site: Site, base: jax.Array, start: tuple[Theta, Theta],
+                  data: dict[str, jax.Array]) -> tuple[Theta, Theta]:
+        """Return what `init` returned (`start`), of the same letters and shapes, but fitted to the data.
+
+        Args:
+            key: the key that `init` got.
+            site: the leaf.
+            base: the frozen array.
+            start: `(trainable, frozen)`.
+            data: `inputs` `[*stack, in, in]`, the sum of `x^T x` over the leaf's inputs; `gradient` of the loss, of the
+                leaf's shape.
+        """
+        return start
+
     def build(self, site: Site, base: jax.Array, theta: Theta, key: jax.Array | None) -> jax.Array | Op:
         """Return what the leaf is worth: an array, or an expression from `jpeft.core.ops` around `base`.
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpeft.core.calibrate import Calibration, Statistics, statistics
 from jpeft.core.frozen import Frozen
 from jpeft.core.interpret import Context, flush, run
 from jpeft.core.leaf import Leaf, Origin
@@ -39,14 +40,14 @@ def init(plan: Plan, params: Any, key: jax.Array, *, calibration: Any = None) ->
         plan: made for these parameters.
         params: the base parameters. Their leaves become `frozen.base` as they are, without a copy.
         key: a PRNG key.
-        calibration: an iterator of batches for data-driven inits.
+        calibration: a `jpeft.Calibration`, the model and batches of data, for methods whose start depends on them.
 
     Returns:
         `(trainable, frozen)`: `{path: {letter: array}}`, every leaf in a buffer of its own, and `Frozen(base, theta)`.
 
     Raises:
         PathError: the params are not those of the plan.
-        CallError: calibration is given and no method of the plan reads it.
+        CallError: calibration is given and no method of the plan reads it, or one needs it and it is not given.
 
     Example:
         >>> import jax, jax.numpy as jnp, jpeft
@@ -56,8 +57,12 @@ def init(plan: Plan, params: Any, key: jax.Array, *, calibration: Any = None) ->
         >>> trainable["w"]["a"].shape, trainable["w"]["b"].shape, frozen.base["w"] is params["w"]
         ((8, 2), (2, 4), True)
     """
-    if calibration is not None:
+    readers = [e for e in plan.entries if e.method.calibration] if isinstance(plan, Plan) else []
+    if calibration is not None and not readers:
         raise CallError("calibration is given, but no method of the plan reads it; drop it")
+    if readers and not isinstance(calibration, Calibration):
+        raise CallError(f"{readers[0].method} on {readers[0].path!r} starts from data, and calibration is a "
+                        f"{type(calibration).__name__}; pass calibration=jpeft.Calibration(apply, batches)")
     _check_plan(plan, "jpeft.init(plan, params, key)")
     _check_key(key, "key")
     names, leaves, _ = leaves_of(params)
@@ -69,8 +74,25 @@ def init(plan: Plan, params: Any, key: jax.Array, *, calibration: Any = None) ->
                 for e in plan.entries}
         return {p: t for p, (t, _) in made.items()}, {p: f for p, (_, f) in made.items() if f}
 
-    trainable, theta = jax.jit(create)(key, {e.path: by_path[e.path] for e in plan.entries})
+    bases = {e.path: by_path[e.path] for e in plan.entries}
+    trainable, theta = jax.jit(create)(key, bases)
+    if calibration is not None:
+        data = statistics(adapt, plan, params, calibration)
+        trainable, theta = jax.jit(functools.partial(_calibrate, plan))(key, bases, trainable, theta, data)
     return trainable, Frozen(params, theta)
+
+
+def _calibrate(plan: Plan, key: jax.Array, bases: Mapping[str, Any], trainable: Trainable, theta: Trainable,
+               data: Statistics) -> tuple[Trainable, Trainable]:
+    """Replace what `init` made by what the methods make of the data."""
+    trainable, theta = dict(trainable), dict(theta)
+    for e in plan.entries:
+        if e.method.calibration:
+            own = jax.random.fold_in(key, path_number(e.path))
+            start = trainable[e.path], theta.get(e.path, {})
+            trainable[e.path], frozen = e.method.calibrate(own, e.site, bases[e.path], start, data[e.path])
+            theta |= {e.path: frozen} if frozen else {}
+    return trainable, theta
 
 
 def _theta(plan: Plan, entry: Entry, trainable: Trainable, frozen: Frozen) -> Theta:

@@ -82,6 +82,16 @@ class Chain(Method):
         pairs = [m.init(jax.random.fold_in(key, i), site, base) for i, m in enumerate(self.methods)]
         return _join(t for t, _ in pairs), _join(f for _, f in pairs)
 
+    @property
+    def calibration(self) -> frozenset[str]:
+        return frozenset[str]().union(*(m.calibration for m in self.methods))
+
+    def calibrate(self, key: jax.Array, site: Site, base: jax.Array, start: tuple[Theta, Theta],
+                  data: dict[str, jax.Array]) -> tuple[Theta, Theta]:
+        pairs = [m.calibrate(jax.random.fold_in(key, i), site, base, (_own(start[0], i), _own(start[1], i)), data)
+                 for i, m in enumerate(self.methods)]
+        return _join(t for t, _ in pairs), _join(f for _, f in pairs)
+
     def build(self, site: Site, base: Any, theta: Theta, key: jax.Array | None) -> jax.Array | Op:
         for i, m in enumerate(self.methods):
             base = m.build(site, base, _own(theta, i), None if key is None else jax.random.fold_in(key, i))

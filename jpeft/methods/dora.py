@@ -103,7 +103,7 @@ class DoRA(LoRA):
         return {**super().axes(site), "m": outs, "w_sq": outs}
 
     def flops(self, site: Site) -> tuple[int, int]:
-        r = self.width * (2 if self.init_weights in ("pissa", "olora") else 1)
+        r = self.width * (2 if self.keeps_start else 1)
         once = site.in_size * site.out_size * r + site.in_size * r * r + site.out_size * r * r
         return super().flops(site)[0], 2 * math.prod(site.stack_shape) * once
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import re
 from typing import Any, ClassVar
 
 import jax
@@ -15,8 +15,8 @@ from jpeft.core.method import Method, Theta
 from jpeft.core.ops import Op
 from jpeft.core.site import Site
 from jpeft.errors import MethodConfigError
-
-INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
+from jpeft.methods import _starts
+from jpeft.methods._lowrank import dropout_key, uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,20 +24,26 @@ class LoRA(Method):
     """Train a low-rank term beside a frozen weight.
 
     `W' = W + s A B`, `s = alpha / r` (or `alpha / sqrt(r)` with `rslora`); A `[*stack, *in, r]`, B `[*stack, r, *out]`.
-    B starts at zero (of an embedding: A), so that training starts from the base. With the inits `pissa` and `olora`,
-    `W' = W + s (A B - A0 B0)`, A0 and B0 being frozen copies of the start: the base is not changed.
+    B starts at zero (of an embedding: A), so that training starts from the base. With the inits `pissa`, `olora`,
+    `corda` and `lora_ga`, `W' = W + s (A B - A0 B0)`, A0 and B0 being frozen copies of the start: the base is not
+    changed. The last four of the list start from data: give `jpeft.init` a `jpeft.Calibration`.
 
     Args:
         rank: r, or one rank for each layer of a scanned stack (0: the layer is left out).
         alpha: numerator of the scale, which is a frozen scalar of theta: another alpha needs no retrace.
         rslora: divide by `sqrt(r)` (rank-stabilised).
         dropout: rate of inverted dropout on the input of the adapter path, active when `Call.key` is given.
-        init: `kaiming` (A uniform), `gaussian`, `orthogonal`, `pissa` (principal singular vectors), `olora` (QR).
+        init_weights: `kaiming` (A uniform), `gaussian`, `orthogonal`, `pissa` (principal singular vectors; as
+            `pissa_niter_4`, by a fast random projection with 4 subspace iterations), `olora` (QR), `eva` (A: principal
+            directions of the leaf's inputs), `corda` (principal part of W as the inputs see it; `corda_kpm`: the least
+            part, which keeps what the inputs show), `lora_ga` (A and B along the gradient of the loss).
 
     Raises:
-        MethodConfigError: a rank below 1 or above the smaller side of the kernel, or an unknown init.
+        MethodConfigError: a rank below 1 or above the smaller side of the kernel (`lora_ga`: half of it), an unknown
+            init, or one from data where the leaf is no contraction weight.
 
-    Source: arXiv 2106.09685; rsLoRA 2312.03732; PiSSA 2404.02948; OLoRA 2406.01775.
+    Source: arXiv 2106.09685; rsLoRA 2312.03732; PiSSA 2404.02948; OLoRA 2406.01775; EVA 2410.07170; CorDA 2406.05223;
+    LoRA-GA 2407.05000.
 
     Example:
         >>> import jax.numpy as jnp, jpeft
@@ -58,9 +64,9 @@ class LoRA(Method):
     def __post_init__(self) -> None:
         if isinstance(self.rank, list):
             object.__setattr__(self, "rank", tuple(self.rank))
-        if self.init_weights not in INITS:
+        if self.init_weights not in _starts.INITS and not re.fullmatch(r"pissa_niter_\d+", self.init_weights):
             raise MethodConfigError(f"{type(self).__name__}(init_weights={self.init_weights!r}) is unknown; "
-                                    f"use one of {', '.join(INITS)}")
+                                    f"use one of {', '.join(_starts.INITS)}")
         if not 0.0 <= self.dropout < 1.0:
             raise MethodConfigError(f"{type(self).__name__}(dropout={self.dropout}) is not in [0, 1); "
                                     "give the rate that is dropped")
@@ -70,12 +76,27 @@ class LoRA(Method):
         """The largest rank: the size of the rank axis."""
         return max(self.rank) if isinstance(self.rank, tuple) else self.rank
 
+    @property
+    def keeps_start(self) -> bool:
+        """Whether frozen copies of the start, `a0` and `b0`, are subtracted."""
+        return self.init_weights.startswith(("pissa", "olora", "corda", "lora_ga"))
+
+    @property
+    def calibration(self) -> frozenset[str]:
+        return frozenset({_starts.DATA[self.init_weights]} if self.init_weights in _starts.DATA else ())
+
     def check(self, site: Site) -> None:
         name, ranks = type(self).__name__, self.rank if isinstance(self.rank, tuple) else (self.rank,)
         most = min(site.in_size, site.out_size)
         if min(ranks) < (0 if len(ranks) > 1 else 1) or self.width < 1 or self.width > most:
             raise MethodConfigError(f"{name}(rank={self.rank}) does not fit {site.path!r} of {site.in_size} inputs and "
                                     f"{site.out_size} outputs; use a rank from 1 to {most}, or exclude the leaf")
+        if self.init_weights == "lora_ga" and 2 * self.width > most:
+            raise MethodConfigError(f"{name}(rank={self.rank}, init_weights='lora_ga') needs 2 * rank singular vectors "
+                                    f"of the gradient of {site.path!r}, which has {most}; use a rank up to {most // 2}")
+        if self.calibration and site.use != "linear":
+            raise MethodConfigError(f"{name}(init_weights={self.init_weights!r}) starts from what a contraction weight "
+                                    f"sees, and the model uses {site.path!r} as {site.use}; use init_weights='kaiming'")
         if isinstance(self.rank, tuple) and (not site.stack_dims or len(ranks) != site.shape[site.stack_dims[0]]):
             layers = site.shape[site.stack_dims[0]] if site.stack_dims else "no"
             raise MethodConfigError(f"{name} has {len(ranks)} ranks, but {site.path!r} has {layers} stacked layers; "
@@ -104,32 +125,47 @@ class LoRA(Method):
             frozen["mask"] = jnp.asarray(mask, dtype)
         a_shape, b_shape = (*site.stack_shape, site.in_size, r), (*site.stack_shape, r, site.out_size)
         a, b = jnp.zeros(a_shape, dtype), jnp.zeros(b_shape, dtype)
-        if self.init_weights in ("pissa", "olora"):
-            a, b = self._from_base(site, base.astype(dtype), frozen["scale"])
-            frozen |= {"a0": self._fold(site, a, "a"), "b0": self._fold(site, b, "b")}
-            a, b = jnp.array(a, copy=True), jnp.array(b, copy=True)
-        elif site.use in ("embedding", "tied"):
+        if self.init_weights.startswith(("pissa", "olora")):
+            return self._kept(site, *self._from_base(key, site, base.astype(dtype), frozen["scale"]), frozen)
+        if site.use in ("embedding", "tied"):
             b = jax.random.normal(key, b_shape, dtype)
         elif self.init_weights == "gaussian":
             a = jax.random.normal(key, a_shape, dtype) / r
         elif self.init_weights == "orthogonal":
             a = jax.random.orthogonal(key, max(site.in_size, r), site.stack_shape, dtype)[..., : site.in_size, :r]
         else:
-            bound = 1.0 / math.sqrt(site.in_size)
-            a = jax.random.uniform(key, a_shape, dtype, -bound, bound)
+            a = uniform(key, a_shape, site.in_size, dtype)
+        if self.keeps_start:
+            return self._kept(site, a, b, frozen)
         return {"a": self._fold(site, a, "a"), "b": self._fold(site, b, "b")}, frozen
 
-    def _from_base(self, site: Site, base: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _kept(self, site: Site, a: jax.Array, b: jax.Array, frozen: Theta) -> tuple[Theta, Theta]:
+        """Theta that starts at `A B`, with copies of both; A `[*stack, in, r]`, B `[*stack, r, out]`."""
+        start = {"a": self._fold(site, a, "a"), "b": self._fold(site, b, "b")}
+        return start, {**frozen, **{f"{k}0": jnp.array(v, copy=True) for k, v in start.items()}}
+
+    def _from_base(self, key: jax.Array, site: Site, base: jax.Array,
+                   scale: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The factors at the start, `s A B` = the principal part of W (pissa) or a part of its QR (olora)."""
         matrix, r = site.matrix(base), self.width
-        each = scale.reshape((*scale.shape, 1, 1)) if scale.ndim else scale
-        if self.init_weights == "pissa":
-            u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
-            root = jnp.sqrt(s[..., :r])
-            half = jnp.sqrt(each)
-            return u[..., :r] * root[..., None, :] / half, root[..., :, None] * vt[..., :r, :] / half
-        q, upper = jnp.linalg.qr(jnp.swapaxes(matrix, -1, -2))
-        return jnp.swapaxes(upper[..., :r, :], -1, -2), jnp.swapaxes(q[..., :, :r], -1, -2)
+        if self.init_weights == "olora":
+            return _starts.olora(matrix, r)
+        _, _, iterations = self.init_weights.partition("_niter_")
+        return _starts.pissa(key, matrix, r, scale, int(iterations) if iterations else None)
+
+    def calibrate(self, key: jax.Array, site: Site, base: jax.Array, start: tuple[Theta, Theta],
+                  data: dict[str, jax.Array]) -> tuple[Theta, Theta]:
+        trainable, frozen = start
+        r, dtype = self.width, site.theta_dtype
+        data = {k: v.astype(dtype) for k, v in data.items()}
+        if self.init_weights == "lora_ga":
+            return self._kept(site, *_starts.lora_ga(key, site.matrix(data["gradient"]), r), frozen)
+        if self.init_weights == "eva":
+            return {**trainable, "a": self._fold(site, _starts.eva(data["inputs"], r), "a")}, frozen
+        if self.calibration:
+            matrix, least = site.matrix(base.astype(dtype)), self.init_weights == "corda_kpm"
+            return self._kept(site, *_starts.corda(data["inputs"], matrix, r, frozen["scale"], least), frozen)
+        return start
 
     def _fold(self, site: Site, x: jax.Array, letter: str) -> jax.Array:
         shape = (*site.in_shape, self.width) if letter == "a" else (self.width, *site.out_shape)
@@ -145,13 +181,9 @@ class LoRA(Method):
         if "mask" in theta:
             mask = theta["mask"].astype(right.dtype)
             right = right * mask.reshape(mask.shape + (1,) * (right.ndim - stack - 1))
-        drop: tuple[jax.Array, tuple[int | str, ...]] | None = None
-        if key is not None and self.dropout > 0.0:
-            n = site.stack_size
-            data = jax.random.key_data(jax.random.split(key, n) if site.stack_dims else key[None])
-            drop = (data.reshape((*site.stack_shape, data.shape[-1])), (*site.stack_dims, "key"))
         return ops.product(site.shape, (theta[a], (*site.stack_dims, *site.in_dims, "r")),
-                           (right, (*site.stack_dims, "r", *site.out_dims)), rate=self.dropout, key=drop)
+                           (right, (*site.stack_dims, "r", *site.out_dims)), rate=self.dropout,
+                           key=dropout_key(site, key, self.dropout))
 
     def build(self, site: Site, base: Any, theta: Theta, key: jax.Array | None) -> jax.Array | Op:
         parts = [base, self.term(site, theta, key)]
@@ -179,6 +211,6 @@ class LoRA(Method):
         return {"a": a, "b": b, "a0": a, "b0": b, "scale": scale, "mask": (*site.stack_dims, None)}
 
     def flops(self, site: Site) -> tuple[int, int]:
-        terms = 2 if self.init_weights in ("pissa", "olora") else 1
+        terms = 2 if self.keeps_start else 1
         ins = 0 if site.use == "embedding" else site.in_size * site.groups
         return terms * 2 * self.width * (ins + site.out_size), 0

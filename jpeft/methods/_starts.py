@@ -1,0 +1,77 @@
+"""Where LoRA's factors start from: the weight, the inputs that it sees, or its gradient.
+
+Matrices are `[*stack, in, out]`, factors A `[*stack, in, r]` and B `[*stack, r, out]`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva", "corda", "corda_kpm", "lora_ga")
+DATA = {"eva": "inputs", "corda": "inputs", "corda_kpm": "inputs", "lora_ga": "gradient"}
+GAMMA = 16.0  # of LoRA-GA: the larger, the smaller the start
+DAMPING = 0.01  # of CorDA: what is added to the second moments, relative to their mean
+
+Pair = tuple[jax.Array, jax.Array]
+_matmul = functools.partial(jnp.matmul, precision="highest")
+
+
+def pissa(key: jax.Array, matrix: jax.Array, r: int, scale: jax.Array, iterations: int | None) -> Pair:
+    """The r leading singular triplets of the weight, exact or by `iterations` of a random projection."""
+    if iterations is not None:
+        return halves(*thin_svd(key, matrix, r, iterations), scale)
+    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    return halves(u[..., :r], s[..., :r], vt[..., :r, :], scale)
+
+
+def olora(matrix: jax.Array, r: int) -> Pair:
+    """Columns of the QR decomposition of the transposed weight."""
+    q, upper = jnp.linalg.qr(jnp.swapaxes(matrix, -1, -2))
+    return jnp.swapaxes(upper[..., :r, :], -1, -2), jnp.swapaxes(q[..., :, :r], -1, -2)
+
+
+def eva(moments: jax.Array, r: int) -> jax.Array:
+    """A: the r principal directions of the inputs, from the sum of `x^T x`."""
+    return jnp.linalg.eigh(moments)[1][..., ::-1][..., :r]
+
+
+def corda(moments: jax.Array, matrix: jax.Array, r: int, scale: jax.Array, least: bool) -> Pair:
+    """The r first (or last) terms of `C^-1 svd(C W)`, C being the second moments of the inputs."""
+    dtype, n = matrix.dtype, moments.shape[-1]
+    size = jnp.trace(moments, axis1=-2, axis2=-1)[..., None, None] / n
+    moments = moments + (DAMPING * size + jnp.finfo(dtype).tiny) * jnp.eye(n, dtype=dtype)
+    u, s, vt = jnp.linalg.svd(_matmul(moments, matrix), full_matrices=False)
+    part = slice(-r, None) if least else slice(r)
+    return halves(jnp.linalg.solve(moments, u[..., part]), s[..., part], vt[..., part, :], scale)
+
+
+def lora_ga(key: jax.Array, gradient: jax.Array, r: int) -> Pair:
+    """A from the r first singular vectors of the gradient, B from the r next, both of one size."""
+    u, _, vt = thin_svd(key, gradient, 2 * r, 4)
+    size = gradient.shape[-1] ** 0.25 / GAMMA**0.5
+    return size * u[..., :r], size * vt[..., r:, :]
+
+
+def thin_svd(key: jax.Array, matrix: jax.Array, rank: int, iterations: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the leading `rank` singular triplets of `[*stack, m, n]` by a random projection (Halko et al., 0909.4061).
+
+    Ten more directions than wanted are followed through `iterations` subspace iterations; the work is a few products
+    with the matrix, where the exact decomposition takes several times its smaller side.
+    """
+    width = min(rank + 10, *matrix.shape[-2:])
+    back = jnp.swapaxes(matrix, -1, -2)
+    start = jax.random.normal(key, (matrix.shape[-1], width), jnp.float32).astype(matrix.dtype)
+    q = jnp.linalg.qr(_matmul(matrix, start))[0]
+    for _ in range(iterations):
+        q = jnp.linalg.qr(_matmul(matrix, jnp.linalg.qr(_matmul(back, q))[0]))[0]
+    u, s, vt = jnp.linalg.svd(_matmul(jnp.swapaxes(q, -1, -2), matrix), full_matrices=False)
+    return _matmul(q, u[..., :rank]), s[..., :rank], vt[..., :rank, :]
+
+
+def halves(u: jax.Array, s: jax.Array, vt: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return A and B with `scale A B = u diag(s) vt`, the root of s in each."""
+    root = jnp.sqrt(s / (scale[..., None] if scale.ndim else scale))
+    return u * root[..., None, :], root[..., :, None] * vt
