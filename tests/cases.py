@@ -123,7 +123,7 @@ class Case:
         extra: from `{path: theta}`, the argument `extra` of `encoder` that does the same, if the method cannot merge.
         tokens: for methods with virtual tokens.
         exempt: law -> (reason, `file::test` that is passed instead).
-        tier: `default`, or `slow`: laws other than L1, L2 and L6 run in the slow tier.
+        tier: `default`, or `slow`: laws other than L6 run in the slow tier.
     """
 
     name: str

@@ -56,7 +56,9 @@ def test_quickstarts_differ_in_the_method_alone(path: Path) -> None:
     assert METHODS[path.stem.rpartition("_")[2]] in names
 
 
-@pytest.mark.parametrize("path", QUICK, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [
+    pytest.param(path, id=path.stem, marks=() if path.stem in ("quickstart", "quickstart_prefix") else pytest.mark.slow)
+    for path in QUICK])
 def test_quickstart_runs_for_two_steps(path: Path, tiny: Tiny, tmp_path: Path) -> None:
     assert main(["train", str(path), *tiny.settings(tmp_path)]) == 0
     folder = tmp_path / path.stem

@@ -125,6 +125,7 @@ def test_a_run_is_merged_or_kept_adapted(lm: TinyLm, run: Path, capsys: Capture,
     assert [type(one.weights) for one in opened] == [dict, tuple, dict]
 
 
+@pytest.mark.slow
 def test_a_run_with_virtual_tokens_is_adapted(lm: TinyLm, tmp_path: Path, capsys: Capture) -> None:
     folder = made_run(lm, tmp_path, "prompt", "{embed/embedding: {method: PromptTuning, length: 3}}")
     assert main(["generate", str(folder), "--prompt", "the film is", *NEW]) == 0

@@ -226,6 +226,7 @@ def test_a_model_without_end_token(lm: TinyLm, files: dict[str, Path], tmp_path:
     assert "names no eos_token" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_virtual_tokens_get_a_row_for_each_sequence(files: dict[str, Path], tmp_path: Path,
                                                     capsys: pytest.CaptureFixture[str]) -> None:
     rule = "rules={embed/embedding: {method: PromptTuning, length: 3}}"

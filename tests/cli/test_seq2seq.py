@@ -95,6 +95,7 @@ def test_eval_predict_merge(second: Path, tmp_path: Path, capsys: pytest.Capture
     np.testing.assert_allclose(merged, adapted.apply(adapted.trainable, adapted.frozen, batch), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_prefix_before_the_text(home: Path, first: Path) -> None:
     rule = "rules={'encoder/layers/attention/(key|value)/kernel': {method: PrefixTuning, length: 3}}"
     assert main(["train", str(home / "second.yaml"), "--name", "prefix", "--set", rule]) == 0

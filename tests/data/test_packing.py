@@ -192,7 +192,7 @@ def mean(model: Decoder) -> Any:
         params, batch["tokens"], **model_inputs(batch), key=key).loss)
 
 
-@pytest.mark.parametrize("kind", ["table", "window", pytest.param("rope", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["window", *(pytest.param(k, marks=pytest.mark.slow) for k in ("table", "rope"))])
 def test_a_packed_row_is_its_sequences_one_by_one(kind: str) -> None:
     """Loss and gradients of packed rows, and of each sequence alone without any padding."""
     model = Decoder(DecoderConfig(**{**vars(BASE), **MODELS[kind]}))

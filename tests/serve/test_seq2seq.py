@@ -105,6 +105,7 @@ def test_virtual_tokens_before_the_text(rules: dict[str, Any]) -> None:
     assert generator.traces == {"prefill": 1, "decode": 1}
 
 
+@pytest.mark.slow
 def test_a_prompt_is_more_embedded_text() -> None:
     """The table is shared: the prompt stands before the encoded text, and the decoder's words are left alone."""
     made, params = model()
