@@ -18,6 +18,7 @@ from jpeft.core.einsum import Dot
 from jpeft.core.factor import Unsupported
 from jpeft.core.interpret import Context, register
 from jpeft.core.leaf import NONE, Leaf, Lookup, Origin, Pending, hook_theta, unhook
+from jpeft.errors import CallError, UnsupportedUse
 
 
 def _token_axis(ctx: Context, eqn: Any) -> int | None:
@@ -26,7 +27,7 @@ def _token_axis(ctx: Context, eqn: Any) -> int | None:
         return None
     shape = tuple(eqn.outvars[0].aval.shape)
     old = ctx.tokens.get(id(eqn), (shape,))[0]
-    grown = [d for d, (a, b) in enumerate(zip(shape, old, strict=True)) if a != b]
+    grown = [d for d, (a, b) in enumerate(zip(shape, old, strict=True)) if a - b == ctx.growth]
     return grown[0] if len(grown) == 1 else None
 
 
@@ -36,9 +37,28 @@ def _finish(ctx: Context, eqn: Any, leaf: Leaf, y: Any, hooks: Sequence[Any], fe
         return [Pending(y, leaf.paths, (), tuple(features), None, None)]
     if not hooks:
         return [y]
-    bias = ctx.biases.get(leaf.paths[0])
+    bias, token = ctx.biases.get(leaf.paths[0]), _token_axis(ctx, eqn)
     pairs = tuple((h.fn, hook_theta(h)) for h in hooks)
-    return [Pending(y, leaf.paths, pairs, tuple(features), _token_axis(ctx, eqn), bias)]
+    if token is None and any(h.fn.method.positions for h in hooks):
+        raise CallError(f"{ctx.where(eqn)} applies {leaf.paths[0]!r} to rows without a token axis, and its method acts "
+                        "by position; keep [B, T, ..] there, or let it act on all positions")
+    rows = tuple(n for d, n in enumerate(y.shape) if d not in features)
+    inputs = tuple(_input_of(ctx, eqn, h.fn, rows) for h in hooks)
+    pending = Pending(y, leaf.paths, pairs, tuple(features), token, bias, inputs, ctx.where(eqn))
+    return [pending.settle() if bias is None and pending.late else pending]
+
+
+def _input_of(ctx: Context, eqn: Any, hook: Any, rows: tuple[int, ...]) -> Any:
+    """The input that a hook asks for, `[*rows, in]`."""
+    path = hook.method.source(hook.site)
+    if path is None:
+        return None
+    x = ctx.taps.get(path)
+    if x is None or math.prod(x.shape[:-1]) != math.prod(rows):
+        found = "is contracted with other rows" if x is not None else "is not contracted before it in the same block"
+        raise UnsupportedUse(f"{ctx.where(eqn)}: the method on {hook.site.path!r} wants the input of {path!r}, which "
+                             f"{found}; name the first projection of the same sublayer")
+    return jnp.reshape(x, (*rows, x.shape[-1]))
 
 
 def _pick(ctx: Context, eqn: Any, values: list[Any]) -> int:
@@ -91,6 +111,10 @@ def _dot_general(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequ
         y = compat.rebind(eqn, [leaf.op, x] if at == 0 else [x, leaf.op])[0]
         return _finish(ctx, eqn, leaf, y, (), [out.index(wl[i]) for i in w_free])
     leaf = ctx.use(leaf, x)
+    for path in ctx.tapped.intersection(leaf.paths):
+        ins = [c for _, c in sorted(zip(w_con, x_con, strict=True))]
+        order = (*(c for c in out if c in xl), *ins)
+        ctx.taps[path] = jnp.reshape(jnp.transpose(x, order), (*(x.shape[c] for c in order[: -len(ins)]), -1))
     value, hooks = unhook(leaf.op)
     aval = eqn.outvars[0].aval
 

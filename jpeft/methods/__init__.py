@@ -1,28 +1,55 @@
 """The methods, one file each."""
 
+from jpeft.methods.boft import BOFT
+from jpeft.methods.bottleneck import AdapterPlus, Houlsby, ParallelAdapter, Pfeiffer
+from jpeft.methods.c3a import C3A
 from jpeft.methods.chain import Chain
+from jpeft.methods.compacter import Compacter
+from jpeft.methods.diffpruning import DiffPruning
 from jpeft.methods.dora import DoRA
 from jpeft.methods.fourierft import FourierFT
+from jpeft.methods.hra import HRA
 from jpeft.methods.ia3 import IA3
 from jpeft.methods.lokr import LoKr
 from jpeft.methods.lora import LoRA
 from jpeft.methods.oft import OFT
-from jpeft.methods.pfeiffer import Pfeiffer
+from jpeft.methods.psoft import PSOFT
+from jpeft.methods.ptuning import PTuning
+from jpeft.methods.reft import DiReFT, LoReFT
+from jpeft.methods.road import RoAd
 from jpeft.methods.selective import BitFit, Full, LayerNormTuning
+from jpeft.methods.sparse import SHiRA, WaveFT
+from jpeft.methods.tokens import TrainableTokens
 from jpeft.methods.virtual import PrefixTuning, PromptTuning
 
 __all__ = [
+    "BOFT",
+    "C3A",
+    "HRA",
     "IA3",
     "OFT",
+    "PSOFT",
+    "AdapterPlus",
     "BitFit",
     "Chain",
+    "Compacter",
+    "DiReFT",
+    "DiffPruning",
     "DoRA",
     "FourierFT",
     "Full",
+    "Houlsby",
     "LayerNormTuning",
     "LoKr",
     "LoRA",
+    "LoReFT",
+    "PTuning",
+    "ParallelAdapter",
     "Pfeiffer",
     "PrefixTuning",
     "PromptTuning",
+    "RoAd",
+    "SHiRA",
+    "TrainableTokens",
+    "WaveFT",
 ]
