@@ -280,6 +280,10 @@ def _pass_pending(ctx: Context, eqn: Any, values: list[Any]) -> Sequence[Any] | 
     """Let a pending output through an operation that its hook may wait for; None: the hook has to run now."""
     name = eqn.primitive.name
     where = [i for i, v in enumerate(values) if isinstance(v, Pending)]
+    late = [i for i in where if values[i].late]
+    if len(late) == 1:  # the other is the residual stream, if they are added
+        values = [v if i == late[0] else flush(v) for i, v in enumerate(values)]
+        where = late
     if name in ("add", "add_any") and len(values) == 2 and len(where) == 1:
         pending, other = values[where[0]], values[1 - where[0]]
         if isinstance(other, Leaf) and not other.adapted and other.lookup is None and len(other.paths) == 1:
