@@ -56,7 +56,8 @@ def encoder(params: Any, ids: jax.Array, attention_mask: jax.Array | None = None
         causal: whether tokens see only those before them.
         dtype: dtype to compute in; None: that of the parameters.
         extra: what the methods that cannot merge must amount to, written into the model: `prompt` `[n, D]`, `key` and
-            `value` `[L, n, H, K]` (prefixes), `adapter` (`down`, `b_down`, `up`, `b_up`, each `[L, ..]`).
+            `value` `[L, n, H, K]` (prefixes), `adapter` and `parallel` (`down`, `b_down`, `up`, `b_up`, `s`, each
+            `[L, ..]`) behind and beside the feed-forward part, `edit` (`w`, `b`, `v`) of the first two tokens.
     """
     if dtype is not None:
         params, extra = jax.tree.map(lambda w: w.astype(dtype), (params, extra))
@@ -86,16 +87,48 @@ def encoder(params: Any, ids: jax.Array, attention_mask: jax.Array | None = None
         weights = jax.nn.softmax(jnp.where(seen, scores, jnp.asarray(-1e9, q.dtype)))
         mixed = jnp.einsum("bhts,bshk->bthk", weights, v)
         h = h + (jnp.einsum("bthk,hkd->btd", mixed, p["out"]["kernel"]) + p["out"]["bias"])
-        x = jax.nn.gelu(_norm(h, p["mlp_norm"]) @ p["up"]["kernel"] + p["up"]["bias"])
+        mlp = _norm(h, p["mlp_norm"])
+        x = jax.nn.gelu(mlp @ p["up"]["kernel"] + p["up"]["bias"])
         y = x @ p["down"]["kernel"] + p["down"]["bias"]
         if "adapter" in more:
             a = more["adapter"]
-            y = y + (jax.nn.gelu(y @ a["down"] + a["b_down"]) @ a["up"] + a["b_up"])
-        return h + y, None
+            y = y + a.get("s", 1) * (jax.nn.gelu(y @ a["down"] + a["b_down"]) @ a["up"] + a["b_up"])
+        if "parallel" in more:
+            a = more["parallel"]
+            y = y + a["s"] * (jax.nn.gelu(mlp @ a["down"] + a["b_down"]) @ a["up"] + a["b_up"])
+        h = h + y
+        if "edit" in more:
+            a = more["edit"]
+            h = jnp.concatenate([h[:, :2] + (h[:, :2] @ a["w"] + a["b"]) @ a["v"], h[:, 2:]], 1)
+        return h, None
 
     h, _ = jax.lax.scan(block, h, (params["layers"], extra))
     logits = _norm(h, params["norm"]) @ params["head"]["kernel"]
     return logits[:, -ids.shape[1]:]
+
+
+def kronecker(theta: Any, name: str) -> jax.Array:
+    """`sum_i kron(a_i, s_i t_i)` of each layer."""
+    pairs = jnp.einsum("limr,lirn->limn", theta[f"{name}_s"], theta[f"{name}_t"])
+    return sum(jax.vmap(jnp.kron, (None, 0))(theta["a"][i], pairs[:, i]) for i in range(len(theta["a"])))
+
+
+def compacted(theta: Any) -> Any:
+    return {k: theta[k] if k in theta else kronecker(theta, k) for k in ("down", "b_down", "up", "b_up")}
+
+
+def subspace(theta: Any) -> Any:
+    """LoReFT as an edit `(h W + b) V`, from its equation `h + (h W + b - h R^T) R`."""
+    q, upper = jnp.linalg.qr(theta["p"])
+    rows = q * jnp.sign(jnp.einsum("lii->li", upper))[:, None]
+    return {"w": theta["w"] - rows, "b": theta["b"], "v": jnp.swapaxes(rows, 1, 2)}
+
+
+def encoded(theta: Any) -> jax.Array:
+    """The prompt of P-Tuning's MLP."""
+    for i in (1, 2):
+        theta = {**theta, "e": jax.nn.relu(theta["e"] @ theta[f"w{i}"] + theta[f"b{i}"])}
+    return theta["e"] @ theta["w3"] + theta["b3"]
 
 
 def make_params(dtype: Any = jnp.float32) -> Any:
@@ -163,6 +196,39 @@ CASES = [
     Case("lokr", {"layers/(up|down)/kernel": jpeft.LoKr(rank=2, alpha=2)}, 2 * L * (4 * 4 + 2 * (4 + 8)),
          lambda m: (m, IA3)),
     Case("fourierft", {"layers/(query|up)/kernel": jpeft.FourierFT(n_frequency=9)}, 2 * L * 9, lambda m: (m, LORA)),
+    Case("houlsby", {"layers/down/kernel": jpeft.Houlsby(bottleneck=4, activation="gelu")}, L * (8 * D + 4 + D),
+         lambda m: (LORA, m), lambda theta: {"adapter": theta["layers/down/kernel"]}, tier="slow"),
+    Case("adapter plus", {"layers/down/kernel": jpeft.AdapterPlus(bottleneck=4)}, L * (8 * D + 4 + 2 * D),
+         lambda m: (LORA, m), lambda theta: {"adapter": theta["layers/down/kernel"]}, tier="slow"),
+    Case("parallel", {"layers/down/kernel": jpeft.ParallelAdapter(bottleneck=4, activation="gelu", learned=True,
+                                                                  input_of="../up/kernel")}, L * (8 * D + 5 + D),
+         lambda m: (LORA, m), lambda theta: {"parallel": theta["layers/down/kernel"]}, tier="slow"),
+    Case("compacter", {"layers/down/kernel": jpeft.Compacter(bottleneck=4, phm_dim=2)},
+         8 + L * (2 * (D + 4) + 4 + D), lambda m: (LORA, m),
+         lambda theta: {"adapter": compacted(theta["layers/down/kernel"])}, tier="slow"),
+    Case("direft", {"layers/down/kernel": jpeft.DiReFT(rank=2, prefix_positions=2)}, L * (4 * D + 2),
+         lambda m: (LORA, m), lambda theta: {"edit": theta["layers/down/kernel"]}, TOKENS, tier="slow"),
+    Case("loreft", {"layers/down/kernel": jpeft.LoReFT(rank=2, prefix_positions=2)}, L * (4 * D + 2),
+         lambda m: (LORA, m), lambda theta: {"edit": subspace(theta["layers/down/kernel"])}, TOKENS, tier="slow"),
+    Case("hra", {"layers/(out|up)/kernel": jpeft.HRA(rank=4)}, 2 * L * D * 4, lambda m: (LORA, m), tier="slow"),
+    Case("boft", {"layers/(out|up)/kernel": jpeft.BOFT(block_size=4, n_butterfly_factor=2, neumann=5)},
+         L * (2 * 2 * D // 4 * 6 + D + F), lambda m: (LORA, m), tier="slow"),
+    Case("road", {"layers/(query|up)/kernel": jpeft.RoAd(group_size=8)}, 2 * L * (H * K + F) // 2, lambda m: (LORA, m),
+         tier="slow"),
+    Case("c3a", {"layers/(query|up)/kernel": jpeft.C3A(block_size=8)}, L * (D * H * K + D * F) // 8, lambda m: (m, IA3),
+         tier="slow"),
+    Case("shira", {"layers/(query|up)/kernel": jpeft.SHiRA(rank=2)}, L * 2 * (D + H * K + D + F), lambda m: (m, LORA),
+         tier="slow"),
+    Case("waveft", {"layers/(query|up)/kernel": jpeft.WaveFT(n_frequency=9)}, 2 * L * 9, lambda m: (m, LORA),
+         tier="slow"),
+    Case("tokens", {"embedding": jpeft.TrainableTokens(token_indices=(2, 5, 19))}, 3 * D, lambda m: (m, IA3),
+         tier="slow"),
+    Case("p-tuning", {"embedding": jpeft.PTuning(length=3, hidden_size=4)}, 3 * D + 2 * D * 4 + 16 + 8 + D,
+         lambda m: (LORA, m), lambda theta: {"prompt": encoded(theta["embed"])}, TOKENS,
+         {"L1": (WIDER, VIRTUAL + "test_an_invisible_prompt_is_the_base")}, tier="slow"),
+    Case("psoft", {"layers/(query|up)/kernel": jpeft.PSOFT(rank=4, neumann=5)}, 2 * L * (6 + 8), lambda m: (m, IA3),
+         tier="slow"),
+    Case("diff pruning", {"layers/up/kernel": jpeft.DiffPruning()}, 2 * L * D * F, lambda m: (m, LORA), tier="slow"),
     Case("chain", {"layers/up/kernel": jpeft.Chain((jpeft.DoRA(rank=2), jpeft.OFT(blocks=2), jpeft.IA3(on="in")))},
          L * (2 * (D + F) + F + 2 * 28 + D)),
     Case("vera", {QV: jpeft.VeRA(rank=5)}, 2 * L * (5 + H * K), lambda m: (m, IA3), tier="slow"),

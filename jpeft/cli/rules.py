@@ -46,13 +46,13 @@ def to_methods(rules: Mapping[str, Mapping[str, Any]]) -> dict[Pattern, Method]:
 
 
 def tokens_for(methods: Mapping[Pattern, Method], token_types: bool) -> Tokens | None:
-    """Say where the token axis is, if one of the methods has virtual tokens.
+    """Say where the token axis is, if one of the methods has virtual tokens or acts by position.
 
     Args:
         methods: the rules.
         token_types: whether calls pass token types, which virtual tokens need as well.
     """
-    if not any(m.virtual_tokens for m in methods.values()):
+    if not any(m.virtual_tokens or m.positions for m in methods.values()):
         return None
     return Tokens(ids=0, mask="attention_mask", segments="token_types" if token_types else None)
 

@@ -16,43 +16,9 @@ from jax import lax
 from jpeft.core import compat, ops
 from jpeft.core.einsum import Dot
 from jpeft.core.factor import Unsupported
+from jpeft.core.hooks import finish
 from jpeft.core.interpret import Context, register
-from jpeft.core.leaf import NONE, Leaf, Lookup, Origin, Pending, hook_theta, unhook
-from jpeft.errors import CallError
-
-
-def _token_axis(ctx: Context, eqn: Any) -> int | None:
-    """The output axis that grew with the virtual tokens."""
-    if not ctx.tokens:
-        return None
-    shape = tuple(eqn.outvars[0].aval.shape)
-    old = ctx.tokens.get(id(eqn), (shape,))[0]
-    grown = [d for d, (a, b) in enumerate(zip(shape, old, strict=True)) if a != b]
-    return grown[0] if len(grown) == 1 else None
-
-
-def _finish(ctx: Context, eqn: Any, leaf: Leaf, y: Any, hooks: Sequence[Any], features: Sequence[int]) -> list[Any]:
-    """Wrap an output that awaits a hook, or a bias in an analysis."""
-    if ctx.recorder is not None:
-        return [Pending(y, leaf.paths, (), tuple(features), None, None)]
-    if not hooks:
-        return [y]
-    bias, token = ctx.biases.get(leaf.paths[0]), _token_axis(ctx, eqn)
-    if ctx.tokens and token is None:
-        hooks = [h for h in hooks if not _without_rows(ctx, eqn, h.fn)]
-    pairs = tuple((h.fn, hook_theta(h)) for h in hooks)
-    return [Pending(y, leaf.paths, pairs, tuple(features), token, bias)]
-
-
-def _without_rows(ctx: Context, eqn: Any, hook: Any) -> bool:
-    """Whether a method has virtual tokens and this use of its leaf does not: a table that a second text reads too."""
-    if not hook.method.virtual_tokens:
-        return False
-    if hook.site.use == "linear":
-        raise CallError(f"{ctx.where(eqn)} applies {hook.site.path!r} to tokens that have no virtual ones before them; "
-                        f"limit the rule of {type(hook.method).__name__} to the leaves of the text that "
-                        "jpeft.Tokens(ids=...) names")
-    return True
+from jpeft.core.leaf import NONE, Leaf, Lookup, Origin, unhook
 
 
 def _pick(ctx: Context, eqn: Any, values: list[Any]) -> int:
@@ -103,8 +69,12 @@ def _dot_general(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequ
         kind = "linear" if w_con else "scale"
         ctx.recorder.contraction(leaf, kind, w_con, w_free, rows, (*ctx.stack, id(eqn)), ctx.where(eqn), 1)
         y = compat.rebind(eqn, [leaf.op, x] if at == 0 else [x, leaf.op])[0]
-        return _finish(ctx, eqn, leaf, y, (), [out.index(wl[i]) for i in w_free])
+        return finish(ctx, eqn, leaf, y, (), [out.index(wl[i]) for i in w_free])
     leaf = ctx.use(leaf, x)
+    for path in ctx.tapped.intersection(leaf.paths):
+        ins = [c for _, c in sorted(zip(w_con, x_con, strict=True))]
+        order = (*(c for c in out if c in xl), *ins)
+        ctx.taps[path] = jnp.reshape(jnp.transpose(x, order), (*(x.shape[c] for c in order[: -len(ins)]), -1))
     value, hooks = unhook(leaf.op)
     aval = eqn.outvars[0].aval
 
@@ -114,7 +84,7 @@ def _dot_general(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequ
     dot = Dot(eqn.params["precision"], aval.dtype, eqn.params["preferred_element_type"], None,
               (tuple(xl), tuple(wl), tuple(out)), original)
     y = ops.contract(value, x, tuple(xl), tuple(wl), tuple(out), dot)
-    return _finish(ctx, eqn, leaf, y, hooks, [out.index(wl[i]) for i in w_free])
+    return finish(ctx, eqn, leaf, y, hooks, [out.index(wl[i]) for i in w_free])
 
 
 def multiply(x: jax.Array, leaf: Any, x_dims: Sequence[int], w_dims: Sequence[int]) -> jax.Array:
@@ -164,7 +134,7 @@ def _conv(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[An
         rows = math.prod(n for i, n in enumerate(shape) if i != feature) * ctx.trips
         ctx.recorder.contraction(
             leaf, "conv", (*spatial, c_in), (c_out,), rows, (*ctx.stack, id(eqn)), ctx.where(eqn), groups)
-        return _finish(ctx, eqn, leaf, compat.rebind(eqn, [x, leaf.op])[0], (), (feature,))
+        return finish(ctx, eqn, leaf, compat.rebind(eqn, [x, leaf.op])[0], (), (feature,))
     leaf = ctx.use(leaf, x)
     value, hooks = unhook(leaf.op)
 
@@ -190,7 +160,7 @@ def _conv(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[An
                 return _conv_low_rank(eqn, e, left, right, a).astype(eqn.outvars[0].aval.dtype)
         raise Unsupported("a structured adapter in a convolution")
 
-    return _finish(ctx, eqn, leaf, go(value, x), hooks, (feature,))
+    return finish(ctx, eqn, leaf, go(value, x), hooks, (feature,))
 
 
 def _at(s: jax.Array, axis: int, ndim: int) -> jax.Array:
@@ -235,7 +205,7 @@ def _ragged(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[
     if ctx.recorder is not None:
         rows = x.shape[0] * ctx.trips
         ctx.recorder.contraction(leaf, "linear", (ins,), (outs,), rows, (*ctx.stack, id(eqn)), ctx.where(eqn), 1)
-        return _finish(ctx, eqn, leaf, compat.rebind(eqn, [x, leaf.op, sizes])[0], (), (1,))
+        return finish(ctx, eqn, leaf, compat.rebind(eqn, [x, leaf.op, sizes])[0], (), (1,))
     leaf = ctx.use(leaf, x)
     value, hooks = unhook(leaf.op)
     perm = (group, ins, outs)
@@ -266,7 +236,7 @@ def _ragged(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[
                 return lax.ragged_dot(t, up, sizes, precision=eqn.params["precision"]).astype(eqn.outvars[0].aval.dtype)
         raise Unsupported("a structured adapter (or dropout) in ragged_dot")
 
-    return _finish(ctx, eqn, leaf, go(value, x), hooks, (1,))
+    return finish(ctx, eqn, leaf, go(value, x), hooks, (1,))
 
 
 class _Take:
@@ -325,7 +295,7 @@ def _gather(ctx: Context, eqn: Any, values: list[Any], wanted: Any) -> Sequence[
         layout[d] = first + k
     taken = taken.permute(layout)
     if now:
-        return _finish(ctx, eqn, leaf, taken.dense(), hooks, numbers.offset_dims)
+        return finish(ctx, eqn, leaf, taken.dense(), hooks, numbers.offset_dims)
     if n == 0:
         return [dataclasses.replace(taken, lookup=leaf.lookup)]
     rows = math.prod(indices.shape[:-1]) * ctx.trips
@@ -346,7 +316,7 @@ def _rows(ctx: Context, eqn: Any, leaf: Leaf, indices: jax.Array) -> Sequence[An
         dims = tuple(NONE.union(*(o.dims[d] for d in chosen)) for o in leaf.origins)
         look = Lookup(dims, math.prod(indices.shape[:-1]) * ctx.trips, (*ctx.stack, id(eqn)), ctx.where(eqn))
         ctx.recorder.rows(Leaf(leaf.op, origins, leaf.dtype, look))
-        return _finish(ctx, eqn, leaf, compat.rebind(eqn, [leaf.op, indices])[0], (), numbers.offset_dims)
+        return finish(ctx, eqn, leaf, compat.rebind(eqn, [leaf.op, indices])[0], (), numbers.offset_dims)
     if not all(q in ctx.embeddings for q in leaf.paths):
         raise Unsupported("this form of gather")
     value, hooks = unhook(leaf.op)
@@ -371,7 +341,7 @@ def _rows(ctx: Context, eqn: Any, leaf: Leaf, indices: jax.Array) -> Sequence[An
         y = jnp.where(jnp.expand_dims(functools.reduce(jnp.logical_and, inside), tuple(range(n, y.ndim))), y, fill)
     others = [d for d in range(y.ndim) if d not in numbers.offset_dims]
     order = [n + numbers.offset_dims.index(d) if d in numbers.offset_dims else others.index(d) for d in range(y.ndim)]
-    return _finish(ctx, eqn, leaf, jnp.transpose(y, order), hooks, numbers.offset_dims)
+    return finish(ctx, eqn, leaf, jnp.transpose(y, order), hooks, numbers.offset_dims)
 
 
 def _one(start: jax.Array, array: jax.Array, axis: int) -> jax.Array:

@@ -53,7 +53,10 @@ class Context:
         sited: paths whose adapter enters at the contraction only: elementwise operations on the way act on the base.
         biases: for each hooked leaf, the path of its bias.
         tokens: for an equation, by id, the shapes that its outputs have without the virtual tokens.
+        growth: by how many tokens those outputs differ.
         moved: for an equation, by id, the one to evaluate in its place: behind the virtual tokens.
+        tapped: paths of leaves whose inputs some hook wants to see.
+        taps: the last input of each of them, `[*rows, in]`, as far as it is in scope.
         uses: how often each leaf has been contracted, so that each use gets its own dropout mask.
         trips: product of the lengths of the scans around the present equation.
         stack: the equations around the present one.
@@ -68,7 +71,10 @@ class Context:
     sited: frozenset[str] = frozenset()
     biases: dict[str, str | None] = dataclasses.field(default_factory=dict)
     tokens: dict[int, tuple[tuple[int, ...], ...]] = dataclasses.field(default_factory=dict)
+    growth: int = 0
     moved: dict[int, Any] = dataclasses.field(default_factory=dict)
+    tapped: frozenset[str] = frozenset()
+    taps: dict[str, Any] = dataclasses.field(default_factory=dict)
     uses: dict[tuple[str, ...], int] = dataclasses.field(default_factory=dict)
     trips: int = 1
     stack: tuple[int, ...] = ()
@@ -109,7 +115,7 @@ class Context:
 
     def enter(self, eqn: Any, trips: int = 1) -> Context:
         return dataclasses.replace(self, trips=self.trips * trips, stack=(*self.stack, id(eqn)),
-                                   line=compat.source_line(eqn) or self.line)
+                                   line=compat.source_line(eqn) or self.line, taps=dict(self.taps))
 
     def use(self, leaf: Leaf, x: Any) -> Leaf:
         """Give this use of the leaf, on this shard, its own dropout key."""
@@ -274,6 +280,10 @@ def _pass_pending(ctx: Context, eqn: Any, values: list[Any]) -> Sequence[Any] | 
     """Let a pending output through an operation that its hook may wait for; None: the hook has to run now."""
     name = eqn.primitive.name
     where = [i for i, v in enumerate(values) if isinstance(v, Pending)]
+    late = [i for i in where if values[i].late]
+    if len(late) == 1:  # the other is the residual stream, if they are added
+        values = [v if i == late[0] else flush(v) for i, v in enumerate(values)]
+        where = late
     if name in ("add", "add_any") and len(values) == 2 and len(where) == 1:
         pending, other = values[where[0]], values[1 - where[0]]
         if isinstance(other, Leaf) and not other.adapted and other.lookup is None and len(other.paths) == 1:
@@ -282,7 +292,9 @@ def _pass_pending(ctx: Context, eqn: Any, values: list[Any]) -> Sequence[Any] | 
                 return compat.rebind(eqn, pair) if ctx.recorder.bias(pending.paths, other) else None
             if other.paths[0] == pending.bias:
                 y = compat.rebind(eqn, pair)[0]
-                return [dataclasses.replace(pending, y=y, bias=None, done=None).flush()]
+                return [dataclasses.replace(pending, y=y, bias=None, done=None).settle()]
+        elif pending.late and not isinstance(other, Leaf) and np.shape(other) == np.shape(pending.y):
+            return [pending.join(lambda y: compat.rebind(eqn, [y, other] if where[0] == 0 else [other, y])[0])]
         return None
     if name in TRANSPARENT and len(values) == 1:
         pending = values[0]

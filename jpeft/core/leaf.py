@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jpeft.core import compat, ops
 from jpeft.core.factor import AlongFn, Factor, Unsupported, reshape_groups
 from jpeft.core.maps import Hooked, follow
+from jpeft.errors import UnsupportedUse
 
 Dims = tuple[frozenset[int], ...]
 NONE: frozenset[int] = frozenset()
@@ -153,6 +154,8 @@ class Pending:
         features: the axes of `y` that are the leaf's out dims, in order.
         token: the axis of `y` that runs over tokens, or None where unknown.
         bias: path of the bias that is to be added first, or None.
+        inputs: for each hook, the input that it asks for, `[*y's other axes, in]`, or None.
+        where: the operation, for messages.
     """
 
     y: Any
@@ -161,11 +164,26 @@ class Pending:
     features: tuple[int, ...]
     token: int | None
     bias: str | None
+    inputs: tuple[Any, ...] = ()
+    where: str = ""
     done: Any = None
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The axes of `y` that are no features."""
+        return tuple(d for d in range(self.y.ndim) if d not in self.features)
+
+    @property
+    def late(self) -> bool:
+        """Whether a hook waits for the residual stream."""
+        return any(fn.method.after_residual for fn, _ in self.hooks)
 
     def permute(self, perm: Sequence[int], y: Any) -> Pending:
         at = tuple(perm).index
-        return dataclasses.replace(self, y=y, features=tuple(map(at, self.features)),
+        rows = [at(d) for d in self.rows]
+        order = sorted(range(len(rows)), key=rows.__getitem__)
+        inputs = tuple(x if x is None else jnp.transpose(x, (*order, x.ndim - 1)) for x in self.inputs)
+        return dataclasses.replace(self, y=y, features=tuple(map(at, self.features)), inputs=inputs,
                                    token=None if self.token is None else at(self.token), done=None)
 
     def reshape(self, y: Any) -> Pending:
@@ -174,10 +192,39 @@ class Pending:
         if self.token is not None:
             kept = follow((self.token,), old, new)
             token = next((d for d in kept if new[d] == old[self.token]), None)
-        return dataclasses.replace(self, y=y, features=follow(self.features, old, new), token=token, done=None)
+        result = dataclasses.replace(self, y=y, features=follow(self.features, old, new), token=token, done=None)
+        rows = tuple(new[d] for d in result.rows)
+        inputs = tuple(x if x is None else jnp.reshape(x, (*rows, x.shape[-1])) for x in self.inputs)
+        return dataclasses.replace(result, inputs=inputs)
+
+    def settle(self) -> Any:
+        """The bias is in: run the hooks, but for those that wait for the residual stream."""
+        if not self.late:
+            return self.flush()
+        n = next(i for i, (fn, _) in enumerate(self.hooks) if fn.method.after_residual)
+        first = dataclasses.replace(self, hooks=self.hooks[:n], inputs=self.inputs[:n], bias=None, done=None)
+        return dataclasses.replace(self, y=first.flush(), hooks=self.hooks[n:], inputs=self.inputs[n:], bias=None,
+                                   done=None)
+
+    def join(self, add: Callable[[Any], Any]) -> Any:
+        """`add` the settled output to the residual stream, and run the hooks that waited for it."""
+        last = self.settle()
+        return dataclasses.replace(last, y=add(last.y)).run()
 
     def flush(self) -> Any:
-        """Apply the hooks, once."""
+        """Apply the hooks, once.
+
+        Raises:
+            UnsupportedUse: one of them waits for the residual stream.
+        """
+        if self.late:
+            raise UnsupportedUse(f"{self.where}: the output of {self.paths[0]!r} is not added to a residual stream of "
+                                 "its shape, but its method changes that; put it on the last projection of a "
+                                 "sublayer, or use residual=False")
+        return self.run()
+
+    def run(self) -> Any:
+        """Apply all hooks to `y` as it is, once."""
         if not self.hooks:
             return self.y
         if self.done is None:
@@ -187,7 +234,10 @@ class Pending:
             moved = jnp.transpose(y, order)
             lead = moved.ndim - len(self.features)
             flat = jnp.reshape(moved, (*moved.shape[:lead], -1))
-            for fn, theta in self.hooks:
+            rows = self.rows
+            turn = [rows.index(d) for d in order if d in rows]
+            for (fn, theta), x in zip(self.hooks, self.inputs or (None,) * len(self.hooks), strict=True):
+                theta = theta if x is None else {**theta, "x": jnp.transpose(x, (*turn, x.ndim - 1))}
                 flat = fn(theta, flat).astype(y.dtype)
             moved = jnp.reshape(flat, moved.shape)
             self.done = compat.match_sharding(jnp.transpose(moved, tuple(order.index(d) for d in range(y.ndim))), y)

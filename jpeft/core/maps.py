@@ -258,6 +258,27 @@ class Hook:
         return self.method.hook(self.site, theta, y, self.start)
 
 
+def told(e: Hooked, start: int, real: int, lengths: Any, continued: bool = False) -> Expr:
+    """`e`, its hooks told what they act on.
+
+    Args:
+        e: the expression.
+        start: first row of its virtual tokens.
+        real: first row of the real tokens.
+        lengths: of the texts, or None.
+        continued: the tokens go on after others: hooks that act on virtual tokens or by position have done so there.
+    """
+    method, theta = e.fn.method, e.theta
+    of = told(e.of, start, real, lengths, continued) if isinstance(e.of, Hooked) else e.of
+    if continued and (method.virtual_tokens or method.positions):
+        return of
+    if lengths is not None and "lengths" in method.call:
+        layout = [f"lengths{i}" for i in range(jnp.ndim(lengths))]
+        theta = {**theta, "lengths": factor(jnp.asarray(lengths), layout, len(e.shape))}
+    fn = dataclasses.replace(e.fn, start=start if method.virtual_tokens else real)
+    return dataclasses.replace(e, of=of, theta=theta, fn=fn)
+
+
 def hooked(of: Expr, theta: Arrays, hook: Hook, stack: Sequence[int]) -> Hooked:
     """`of`, with `hook` on the output of its contraction; theta entries are `[*stack, ...]`."""
     return Hooked(of, stacked(theta, stack, len(of.shape)), tuple(of.shape), hook)

@@ -67,6 +67,25 @@ class Method:
         return 0
 
     @property
+    def positions(self) -> bool:
+        """True if `hook` must know the token axis; it needs `jpeft.Tokens` then, as virtual tokens do."""
+        return False
+
+    @property
+    def after_residual(self) -> bool:
+        """True if `hook` waits until the output has been added to the residual stream, and changes the sum."""
+        return False
+
+    def source(self, site: Site) -> str | None:
+        """Path of the leaf (this one, or one contracted before it) whose input `hook` is given as `theta["x"]`."""
+        return None
+
+    def sources(self, site: Site) -> tuple[str, ...]:
+        """All of them, of a method that holds others."""
+        path = self.source(site)
+        return () if path is None else (path,)
+
+    @property
     def dense(self) -> bool:
         """True if `build` returns a plain array: such a leaf needs no rule in the engine, whatever its use."""
         return False
@@ -115,7 +134,15 @@ class Method:
         raise MethodConfigError(f"{type(self).__name__} defines no build: write build(site, base, theta, key)")
 
     def hook(self, site: Site, theta: Theta, y: jax.Array, start: int) -> jax.Array:
-        """Change an output `y`: `[..., out]`, or `[..., T, out]` if `virtual_tokens`, whose rows begin at `start`."""
+        """Change an output `y`: `[..., out]`, or `[..., T, out]` with `virtual_tokens` or `positions`.
+
+        Args:
+            site: the leaf.
+            theta: entries of one copy of the leaf; with `source` also `x` `[..., in]` (its rows are those of `y`), and
+                with `lengths` in `call` also `lengths` `[B]`, where the call gives them.
+            y: the output, after its bias.
+            start: first row of the method's virtual tokens; of a method that has none, of the real ones.
+        """
         raise MethodConfigError(f"{type(self).__name__} sets hooks=True and defines no hook")
 
     def merge(self, site: Site, base: jax.Array, theta: Theta) -> jax.Array:

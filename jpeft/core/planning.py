@@ -20,6 +20,10 @@ from jpeft.errors import PlanError
 def _arrange_tokens(entries: list[Entry], tokens: Tokens | None) -> list[Entry]:
     """Give every virtual-token method its rows: prefixes share the first, prompts come behind them."""
     virtual = [e for e in entries if e.method.virtual_tokens]
+    asking = [e for e in entries if e.method.positions]
+    if asking and tokens is None:
+        raise PlanError(f"{type(asking[0].method).__name__} acts by position; pass tokens=jpeft.Tokens(ids=0) to say "
+                        "which argument holds the tokens")
     if not virtual:
         return entries
     if tokens is None:

@@ -36,7 +36,9 @@ def _jit(ctx: Context, eqn: Any, values: list[Any], wanted: list[bool]) -> Seque
     for i, sharding in enumerate(ins):
         if compat.specified(sharding) and not isinstance(values[i], Leaf):
             values[i] = lax.with_sharding_constraint(values[i], sharding)
-    outs = run(ctx.enter(eqn), jaxpr, consts, values, wanted)
+    inner = ctx.enter(eqn)
+    outs = run(inner, jaxpr, consts, values, wanted)
+    ctx.taps.update(inner.taps)
     for i, sharding in enumerate(eqn.params.get("out_shardings", ())):
         if compat.specified(sharding) and wanted[i] and not isinstance(outs[i], Leaf):
             outs[i] = lax.with_sharding_constraint(flush(outs[i]), sharding)

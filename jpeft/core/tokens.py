@@ -14,6 +14,8 @@ from jpeft.core import compat
 from jpeft.errors import CallError
 
 Where = int | str | None
+DIFFERENT = ("the model computes different operations for different token lengths, so the token axis cannot be found; "
+             "make its control flow independent of the length")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +54,15 @@ class Tokens:
 
 def _pad_left(x: Any, n: int, axis: int, value: Any) -> jax.Array:
     x = jnp.asarray(x)
+    if n < 0:
+        return lax.slice_in_dim(x, -n, x.shape[axis], axis=axis)
     shape = (*x.shape[:axis], n, *x.shape[axis + 1:])
     return jnp.concatenate([jnp.broadcast_to(jnp.asarray(value, x.dtype), shape), x], axis)
 
 
 def pad(tokens: Tokens, n: int, args: Sequence[Any],
         kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pad the arguments of one call by `n` virtual tokens on the left.
+    """Pad the arguments of one call by `n` virtual tokens on the left, or (n < 0) cut tokens off there.
 
     Raises:
         CallError: the token argument is not there, or a mask does not carry the token axis.
@@ -86,7 +90,8 @@ def pad(tokens: Tokens, n: int, args: Sequence[Any],
     positions = get(tokens.positions)
     if positions is not None:
         at = min(axis, positions.ndim - 1)
-        line = jnp.reshape(jnp.arange(n, dtype=positions.dtype), [n if d == at else 1 for d in range(positions.ndim)])
+        line = jnp.reshape(jnp.arange(max(n, 0), dtype=positions.dtype),
+                           [max(n, 0) if d == at else 1 for d in range(positions.ndim)])
         put(tokens.positions, _pad_left(positions + jnp.asarray(n, positions.dtype), n, at, line))
     segments = get(tokens.segments)
     if segments is not None:
@@ -127,6 +132,24 @@ def strip(tokens: Tokens, n: int, outs: Sequence[Any], shapes: Sequence[tuple[in
     return result
 
 
+def other_length(tokens: Tokens, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """By how much to change the number of tokens to see which axes follow it: by -1 (no table is too short), or 1."""
+    ids = args[tokens.ids] if isinstance(tokens.ids, int) and tokens.ids < len(args) else kwargs.get(str(tokens.ids))
+    return -1 if jnp.ndim(ids) > tokens.token_axis and jnp.shape(ids)[tokens.token_axis] > 1 else 1
+
+
+def shapes_of(jaxpr: Any, other: Any) -> dict[int, tuple[tuple[int, ...], ...]]:
+    """For each equation of `jaxpr`, by id, the output shapes of its twin in the trace for another number of tokens."""
+    found: dict[int, tuple[tuple[int, ...], ...]] = {}
+    if [e.primitive.name for e in jaxpr.eqns] != [e.primitive.name for e in other.eqns]:
+        raise CallError(DIFFERENT)
+    for a, b in zip(jaxpr.eqns, other.eqns, strict=True):
+        found[id(a)] = tuple(tuple(getattr(v.aval, "shape", ())) for v in b.outvars)
+        for sa, sb in zip(compat.sub_jaxprs(a), compat.sub_jaxprs(b), strict=True):
+            found |= shapes_of(sa, sb)
+    return found
+
+
 class Twins(NamedTuple):
     """What the trace without virtual tokens tells of the one with them, by the id of an equation of the latter.
 
@@ -152,8 +175,7 @@ def twins(padded: Any, plain: Any, n: int) -> Twins:
     def walk(a: Any, b: Any, fixed: set[Any], line: str | None = None) -> bool:
         before = len(found.moved)
         if [e.primitive.name for e in a.eqns] != [e.primitive.name for e in b.eqns]:
-            raise CallError("the model computes different operations for different token lengths, so the place of "
-                            "virtual tokens cannot be found; make its control flow independent of the length")
+            raise CallError(DIFFERENT)
         for ea, eb in zip(a.eqns, b.eqns, strict=True):
             old = tuple(tuple(getattr(v.aval, "shape", ())) for v in eb.outvars)
             found.shapes[id(ea)] = old

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +15,12 @@ from jpeft.core.calibrate import Calibration, Statistics, statistics
 from jpeft.core.frozen import Frozen
 from jpeft.core.interpret import Context, flush, run
 from jpeft.core.leaf import Leaf, Origin
-from jpeft.core.maps import Hooked
+from jpeft.core.maps import Hooked, told
 from jpeft.core.method import Call, Theta
 from jpeft.core.ops import Op
 from jpeft.core.plan import Entry, Plan
 from jpeft.core.site import widest
-from jpeft.core.tokens import pad, strip, twins
+from jpeft.core.tokens import other_length, pad, shapes_of, strip, twins
 from jpeft.core.trace import Apply, is_array, leaves_of, trace
 from jpeft.errors import CallError, NotMergeable
 
@@ -146,7 +145,7 @@ def _inputs(plan: Plan, names: Sequence[str], leaves: Sequence[Any], trainable: 
             call: Call) -> list[Any]:
     """The interpreter's inputs: plain arrays, adapted leaves, and tracked biases of hooked leaves."""
     entries = {e.path: e for e in plan.entries}
-    watched = {e.site.bias for e in plan.entries if e.method.hooks}
+    watched = {e.site.bias for e in plan.entries if e.method.hooks} | _tapped(plan)
     result = []
     for name, leaf in zip(names, leaves, strict=True):
         entry = entries.get(name)
@@ -154,15 +153,18 @@ def _inputs(plan: Plan, names: Sequence[str], leaves: Sequence[Any], trainable: 
         if entry is not None:
             own = None if call.key is None else jax.random.fold_in(call.key, path_number(name))
             value = entry.method.build(entry.site, jnp.asarray(leaf), _theta(plan, entry, trainable, frozen), own)
-            if isinstance(value, Hooked) and call.continued and entry.method.virtual_tokens:
-                value = value.of
-            elif isinstance(value, Hooked):
-                value = dataclasses.replace(value, fn=dataclasses.replace(value.fn, start=entry.start))
+            if isinstance(value, Hooked):
+                value = told(value, entry.start, plan.virtual_tokens, call.lengths, bool(call.continued))
         if isinstance(value, Op) or name in watched:
             dims = tuple(frozenset({d}) for d in range(np.ndim(leaf)))
             value = Leaf(value, (Origin(name, dims),), jax.dtypes.canonicalize_dtype(leaf.dtype))
         result.append(value)
     return result
+
+
+def _tapped(plan: Plan) -> set[str]:
+    """Leaves whose inputs a hook asks for."""
+    return {path for e in plan.entries for path in e.method.sources(e.site)}
 
 
 def _hashable(x: Any) -> bool:
@@ -186,12 +188,18 @@ def _evaluate(apply: Apply, plan: Plan, trainable: Trainable, frozen: Frozen, ar
     plan.check_params(traced.names, leaves)
     ctx = Context(allowed=frozenset(plan.materialise), sited=frozenset(plan.sited),
                   embeddings=frozenset(s.path for s in plan.sites if s.use in ("embedding", "tied")),
-                  biases={e.path: e.site.bias for e in plan.entries if e.method.hooks})
+                  biases={e.path: e.site.bias for e in plan.entries if e.method.hooks},
+                  tapped=frozenset(_tapped(plan)))
     shapes: list[tuple[int, ...]] = []
     if n:
         before = trace(apply, frozen.base, plain_args, plain_kwargs)
         ctx.tokens, ctx.moved = twins(traced.jaxpr, before.jaxpr, n)
+        ctx.growth = n
         shapes = [tuple(v.aval.shape) for v in before.jaxpr.outvars]
+    elif plan.tokens is not None and not call.continued and any(e.method.positions for e in plan.entries):
+        by = other_length(plan.tokens, args, kwargs)
+        other = trace(apply, frozen.base, *pad(plan.tokens, by, args, kwargs))
+        ctx.tokens, ctx.growth = shapes_of(traced.jaxpr, other.jaxpr), -by
     inputs = _inputs(plan, traced.names, leaves, trainable, frozen, call)
     outs = [flush(v) for v in run(ctx, traced.jaxpr, traced.consts, (*inputs, *traced.arrays))]
     outs = [v.dense() if isinstance(v, Leaf) else v for v in outs]

@@ -71,6 +71,13 @@ class Chain(Method):
         return self.methods[-1].virtual_tokens
 
     @property
+    def positions(self) -> bool:
+        return any(m.positions for m in self.methods)
+
+    def sources(self, site: Site) -> tuple[str, ...]:
+        return tuple(path for m in self.methods for path in m.sources(site))
+
+    @property
     def dense(self) -> bool:
         return all(m.dense for m in self.methods)
 

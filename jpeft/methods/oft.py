@@ -77,18 +77,7 @@ class OFT(Method):
 
     def rotation(self, site: Site, q: jax.Array) -> jax.Array:
         """The blocks `R_i`, `[*stack, in / b, b, b]`."""
-        b = self._sizes(site)[1]
-        upper = jnp.zeros((*q.shape[:-1], b, b), q.dtype).at[..., *np.triu_indices(b, 1)].set(q)
-        skew = upper - jnp.swapaxes(upper, -1, -2)
-        eye = jnp.eye(b, dtype=q.dtype)
-        if self.neumann == 0:
-            return jnp.linalg.solve(eye - skew, eye + skew)
-        if self.neumann == 2:
-            return eye + skew
-        series = eye + skew
-        for _ in range(self.neumann - 3):
-            series = eye + _times(skew, series)
-        return series + _times(skew, series)
+        return cayley(q, self._sizes(site)[1], self.neumann)
 
     def build(self, site: Site, base: Any, theta: Theta, key: jax.Array | None) -> jax.Array | Op:
         return maps.rotated(base, {"r": self.rotation(site, theta["q"])}, rotate, site.stack_dims, site.in_dims)
@@ -102,6 +91,24 @@ class OFT(Method):
     def flops(self, site: Site) -> tuple[int, int]:
         count, b = self._sizes(site)
         return 2 * site.in_size * b, site.stack_size * count * 2 * b**3 * max(self.neumann - 2, 0)
+
+
+def cayley(q: jax.Array, b: int, neumann: int) -> jax.Array:
+    """`(I + Q) (I - Q)^-1` `[.., b, b]` of the skew Q whose entries above the diagonal are `q`, row by row.
+
+    With `neumann` terms of the series of the inverse; 0: by solving.
+    """
+    upper = jnp.zeros((*q.shape[:-1], b, b), q.dtype).at[..., *np.triu_indices(b, 1)].set(q)
+    skew = upper - jnp.swapaxes(upper, -1, -2)
+    eye = jnp.eye(b, dtype=q.dtype)
+    if neumann == 0:
+        return jnp.linalg.solve(eye - skew, eye + skew)
+    series = eye + skew
+    if neumann == 2:
+        return series
+    for _ in range(neumann - 3):
+        series = eye + _times(skew, series)
+    return series + _times(skew, series)
 
 
 def rotate(theta: maps.Arrays, x: jax.Array) -> jax.Array:

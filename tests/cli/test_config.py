@@ -207,10 +207,11 @@ def test_rules_become_methods() -> None:
         jpeft.LoRA(rank=(1, 2)), jpeft.Chain((jpeft.LoRA(alpha=4.0), jpeft.IA3())), jpeft.PrefixTuning(channels=(0, 4))]
     assert tokens_for(methods, True) == jpeft.Tokens(segments="token_types")
     assert tokens_for({"a": jpeft.LoRA()}, True) is None
+    assert tokens_for({"a": jpeft.LoReFT()}, False) == jpeft.Tokens()
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_says_what_it_does(name: str) -> None:
     what, paper = described(name)
     assert what.endswith(".")
-    assert ("arXiv" in paper) == (name not in ("Full", "Chain"))
+    assert ("arXiv" in paper or "openreview" in paper) == (name not in ("Full", "Chain", "TrainableTokens"))

@@ -1,0 +1,248 @@
+"""Bottleneck adapters: a small network beside a projection, or behind it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import posixpath
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jpeft.core.method import Method, Theta
+from jpeft.core.site import Site
+from jpeft.errors import MethodConfigError, UnsupportedUse
+
+ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "swish": jax.nn.swish, "tanh": jnp.tanh}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pfeiffer(Method):
+    """Train a small residual network on the output of a projection, usually the last of the feed-forward part.
+
+    `y' = y + act(y D + b_D) U + b_U`, y being the output after the projection's own bias: D (`down`)
+    `[*stack, out, h]`, `b_down` `[*stack, h]`, U (`up`) `[*stack, h, out]`, `b_up` `[*stack, out]`. D starts normal
+    with deviation 0.02 and the rest at zero, so that training starts from the base. It acts on activations and cannot
+    be merged.
+
+    Args:
+        reduction_factor: `h = out / reduction_factor`, rounded down, at least 1.
+        bottleneck: h itself; it then replaces `reduction_factor`.
+        activation: `relu`, `gelu`, `swish` or `tanh`.
+
+    Raises:
+        MethodConfigError: a size that is not positive, h larger than the output, or an unknown activation.
+
+    Source: arXiv 2005.00247; the bottleneck is that of 1902.00751.
+
+    Example:
+        >>> import jax.numpy as jnp, jpeft
+        >>> rules = {"w": jpeft.Pfeiffer(bottleneck=2)}
+        >>> jpeft.plan(lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}, (jnp.ones((2, 8)),), rules).count()
+        22
+    """
+
+    reduction_factor: float = 16.0
+    bottleneck: int | None = None
+    activation: str = "relu"
+
+    uses: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
+    hooks: ClassVar[bool] = True
+    recommended_lr: ClassVar[float] = 1e-4
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if self.activation not in ACTIVATIONS:
+            raise MethodConfigError(f"{name}(activation={self.activation!r}) is unknown; "
+                                    f"use one of {', '.join(ACTIVATIONS)}")
+        if self.reduction_factor <= 0 or (self.bottleneck is not None and self.bottleneck < 1):
+            raise MethodConfigError(f"{name}(reduction_factor={self.reduction_factor}, bottleneck={self.bottleneck}) "
+                                    "has no units; both must be positive")
+
+    def width(self, site: Site) -> int:
+        """The number of hidden units h."""
+        return max(1, int(site.out_size / self.reduction_factor)) if self.bottleneck is None else self.bottleneck
+
+    def check(self, site: Site) -> None:
+        if self.width(site) > site.out_size:
+            raise MethodConfigError(f"{type(self).__name__} has {self.width(site)} hidden units on {site.path!r} of "
+                                    f"{site.out_size} outputs; use a bottleneck from 1 to {site.out_size}")
+
+    def init(self, key: jax.Array, site: Site, base: jax.Array) -> tuple[Theta, Theta]:
+        stack, d, h, dtype = site.stack_shape, site.out_size, self.width(site), site.theta_dtype
+        zeros = {"b_down": (*stack, h), "up": (*stack, h, d), "b_up": (*stack, d)}
+        return {"down": self._down(key, (*stack, d, h), dtype),
+                **{k: jnp.zeros(shape, dtype) for k, shape in zeros.items()}}, {}
+
+    def _down(self, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        return 0.02 * jax.random.normal(key, shape, dtype)
+
+    def inner(self, theta: Theta, x: jax.Array) -> jax.Array:
+        """`act(x D + b_D) U + b_U`."""
+        t = {k: v.astype(x.dtype) for k, v in theta.items()}
+        hidden = ACTIVATIONS[self.activation](x @ t["down"] + t["b_down"])
+        return hidden @ t["up"] + t["b_up"]
+
+    def hook(self, site: Site, theta: Theta, y: jax.Array, start: int) -> jax.Array:
+        return y + self.inner(theta, y)
+
+    def neutral(self, site: Site, theta: Theta) -> Theta:
+        return {k: jnp.zeros_like(theta[k]) for k in ("up", "b_up")}
+
+    def axes(self, site: Site) -> dict[str, tuple[int | None, ...]]:
+        stack, out = site.stack_dims, site.out_dims[0] if len(site.out_dims) == 1 else None
+        return {"down": (*stack, out, None), "b_down": (*stack, None), "up": (*stack, None, out), "b_up": (*stack, out)}
+
+    def flops(self, site: Site) -> tuple[int, int]:
+        return 4 * site.out_size * self.width(site), 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Houlsby(Pfeiffer):
+    """Train a small residual network on the output of both sublayers of a block, attention and feed-forward.
+
+    `y' = y + act(y D + b_D) U + b_U`, as `Pfeiffer`, on the last projection of each: the usual rule is
+    `{".*/(out|down)/kernel": jpeft.Houlsby()}`. D is drawn from a normal distribution of deviation 0.01, cut at two
+    deviations, as in the paper; U starts at zero, so that training starts from the base and not merely close to it.
+
+    Args:
+        reduction_factor: see `Pfeiffer`.
+        bottleneck: see `Pfeiffer`.
+        activation: see `Pfeiffer`.
+
+    Raises:
+        MethodConfigError: as of `Pfeiffer`.
+
+    Source: arXiv 1902.00751.
+
+    Example:
+        >>> import jax.numpy as jnp, jpeft
+        >>> rules = {"w": jpeft.Houlsby(bottleneck=2)}
+        >>> jpeft.plan(lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}, (jnp.ones((2, 8)),), rules).count()
+        22
+    """
+
+    activation: str = "swish"
+
+    def _down(self, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        return 0.01 * jax.random.truncated_normal(key, -2, 2, shape, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterPlus(Pfeiffer):
+    """Train a small residual network and a scale for each of its outputs, behind the feed-forward part.
+
+    `y' = y + s * (act(y D + b_D) U + b_U)`, s `[*stack, out]` from one; the other letters as in `Pfeiffer`. D starts as
+    in `Houlsby`, U and `b_up` at zero. The stochastic depth of the paper is left out.
+
+    Args:
+        reduction_factor: see `Pfeiffer`.
+        bottleneck: see `Pfeiffer`.
+        activation: see `Pfeiffer`.
+
+    Raises:
+        MethodConfigError: as of `Pfeiffer`.
+
+    Source: arXiv 2406.06820.
+
+    Example:
+        >>> import jax.numpy as jnp, jpeft
+        >>> rules = {"w": jpeft.AdapterPlus(bottleneck=2)}
+        >>> jpeft.plan(lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}, (jnp.ones((2, 8)),), rules).count()
+        26
+    """
+
+    reduction_factor: float = 96.0
+    activation: str = "gelu"
+
+    recommended_lr: ClassVar[float] = 1e-3
+
+    def _down(self, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        return 0.01 * jax.random.truncated_normal(key, -2, 2, shape, dtype)
+
+    def init(self, key: jax.Array, site: Site, base: jax.Array) -> tuple[Theta, Theta]:
+        trainable, frozen = super().init(key, site, base)
+        return {**trainable, "s": jnp.ones((*site.stack_shape, site.out_size), site.theta_dtype)}, frozen
+
+    def hook(self, site: Site, theta: Theta, y: jax.Array, start: int) -> jax.Array:
+        return y + theta["s"].astype(y.dtype) * self.inner(theta, y)
+
+    def axes(self, site: Site) -> dict[str, tuple[int | None, ...]]:
+        axes = super().axes(site)
+        return {**axes, "s": axes["b_up"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelAdapter(Pfeiffer):
+    """Train a small network beside a projection, or beside a whole sublayer.
+
+    `y' = y + s (act(x D + b_D) U + b_U)`, x being the input of the projection, or, with `input_of`, of the leaf named
+    there: the first projection of the same sublayer. D (`down`) `[*stack, in, h]`, uniform within `1 / sqrt(in)`; the
+    other letters as in `Pfeiffer`, from zero. s `[*stack]` is frozen in theta, or trained.
+
+    Args:
+        reduction_factor: `h = out / reduction_factor`, rounded down, at least 1.
+        bottleneck: h itself; it then replaces `reduction_factor`.
+        activation: `relu`, `gelu`, `swish` or `tanh`.
+        scaling: s, where it starts if it is trained; another scaling needs no retrace.
+        learned: train s.
+        input_of: path, relative to the folder of the leaf, of the leaf whose input is x: on `mlp/down/kernel`,
+            `"../up/kernel"`; None: the leaf itself.
+
+    Raises:
+        MethodConfigError: as of `Pfeiffer`.
+        UnsupportedUse: the leaf of `input_of` is not contracted before this one in the same block.
+
+    Source: arXiv 2110.04366.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jpeft
+        >>> params = {"up": {"kernel": jnp.ones((8, 32))}, "down": {"kernel": jnp.ones((32, 8))}}
+        >>> apply = lambda p, x: x + jax.nn.relu(x @ p["up"]["kernel"]) @ p["down"]["kernel"]
+        >>> rules = {"down/kernel": jpeft.ParallelAdapter(bottleneck=2, input_of="../up/kernel")}
+        >>> jpeft.plan(apply, params, (jnp.ones((2, 8)),), rules).count()
+        42
+    """
+
+    reduction_factor: float = 2.0
+    scaling: float = 4.0
+    learned: bool = False
+    input_of: str | None = None
+
+    uses: ClassVar[frozenset[str]] = frozenset({"linear"})
+
+    def source(self, site: Site) -> str:
+        here = site.path if self.input_of is None else posixpath.join(posixpath.dirname(site.path), self.input_of)
+        return posixpath.normpath(here)
+
+    def _inputs(self, site: Site) -> int:
+        """Features of x: a sublayer has as many as the residual stream that it is added to."""
+        return site.in_size if self.input_of is None else site.out_size
+
+    def _down(self, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        bound = 1.0 / math.sqrt(shape[-2])
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    def init(self, key: jax.Array, site: Site, base: jax.Array) -> tuple[Theta, Theta]:
+        trainable, frozen = super().init(key, site, base)
+        down = (*site.stack_shape, self._inputs(site), self.width(site))
+        trainable["down"] = self._down(key, down, site.theta_dtype)
+        scale = jnp.full(site.stack_shape, self.scaling, site.theta_dtype)
+        return ({**trainable, "s": scale}, frozen) if self.learned else (trainable, {**frozen, "s": scale})
+
+    def hook(self, site: Site, theta: Theta, y: jax.Array, start: int) -> jax.Array:
+        x = theta["x"].astype(y.dtype)
+        if x.shape[-1] != theta["down"].shape[0]:
+            raise UnsupportedUse(f"ParallelAdapter on {site.path!r} expects {theta['down'].shape[0]} features from "
+                                 f"{self.source(site)!r}, found {x.shape[-1]}; input_of is for sublayers whose input "
+                                 "and output have one size")
+        return y + theta["s"].astype(y.dtype) * self.inner(theta, x)
+
+    def axes(self, site: Site) -> dict[str, tuple[int | None, ...]]:
+        dims = site.in_dims if self.input_of is None else site.out_dims
+        down = (*site.stack_dims, dims[0] if len(dims) == 1 else None, None)
+        return {**super().axes(site), "down": down, "s": site.stack_dims}
+
+    def flops(self, site: Site) -> tuple[int, int]:
+        return 2 * (self._inputs(site) + site.out_size) * self.width(site), 0
