@@ -8,6 +8,7 @@ from jpeft.methods.fourierft import FourierFT
 from jpeft.methods.gralora import GraLoRA
 from jpeft.methods.hira import HiRA
 from jpeft.methods.ia3 import IA3
+from jpeft.methods.kasa import KaSA
 from jpeft.methods.loha import LoHa
 from jpeft.methods.lokr import LoKr
 from jpeft.methods.lora import LoRA
@@ -33,6 +34,7 @@ __all__ = [
     "Full",
     "GraLoRA",
     "HiRA",
+    "KaSA",
     "LayerNormTuning",
     "LoHa",
     "LoKr",
