@@ -12,7 +12,8 @@ from jpeft.core.partition import Pattern, first_match, is_hole
 from jpeft.core.paths import flatten
 from jpeft.errors import NoMatchError
 
-_VECTORS = frozenset({"m", "l", "s", "g", "d", "scale", "bias", "gate", "magnitude", "alpha", "nothing"})
+_VECTORS = frozenset({"m", "l", "s", "g", "d", "e", "la", "lb", "lambda", "gamma", "scale", "bias", "gate", "magnitude",
+                      "alpha", "nothing"})
 _VECTOR_LEAVES = frozenset({"bias", "scale"})
 
 
@@ -23,8 +24,8 @@ def decay_mask(trainable: Any) -> Any:
     pulling it to zero pulls the model away from the base or to a dead unit. An entry decays if all of this holds:
 
     * it has two axes or more;
-    * its letter is not that of a vector: `m`, `l`, `s`, `g`, `d`, `scale`, `bias`, `gate`, `magnitude`, `alpha`, alone
-      or after a `_` (`down_bias`), nor `b` without an `a` beside it (a bias);
+    * its letter is not that of a vector: `m`, `l`, `s`, `g`, `d`, `e`, `la`, `lb`, `lambda`, `gamma`, `scale`, `bias`,
+      `gate`, `magnitude`, `alpha`, alone or after a `_` (`down_bias`), nor `b` without an `a` beside it (a bias);
     * the leaf that it rides on is not called `bias` or `scale`.
 
     Names count, and not the number of axes alone, as a vector per layer of a scanned model has two axes.

@@ -249,4 +249,7 @@ CASES = [
          lambda m: (m, IA3), tier="slow"),
     Case("gralora", {"layers/(out|up)/kernel": jpeft.GraLoRA(rank=4, hybrid_r=2)}, L * 6 * (D + D + D + F),
          lambda m: (m, IA3), tier="slow"),
+    Case("kasa", {QV: jpeft.KaSA(rank=2)}, 2 * L * 2 * (D + H * K + 1), lambda m: (m, IA3), tier="slow",
+         exempt={"L1": ("it drops what it takes for noise",
+                        "tests/methods/test_kasa.py::test_it_starts_without_the_least_components")}),
 ]

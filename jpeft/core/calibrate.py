@@ -131,7 +131,8 @@ def statistics(adapt: Callable[[Apply, Plan], Callable[..., Any]], plan: Plan, p
         return (jax.grad(spread)(zeros, base, args, kwargs) if zeros else {},
                 jax.grad(loss)(some, base, args, kwargs) if some else {})
 
-    total, count = None, 0
+    total: Any = None
+    count = 0
     for batch in calibration.batches:
         if not isinstance(batch, (tuple, Mapping)):
             raise CallError(f"a calibration batch is a {type(batch).__name__}; give the arguments of the calibration "

@@ -14,6 +14,7 @@ from jpeft.methods.gralora import GraLoRA
 from jpeft.methods.hira import HiRA
 from jpeft.methods.hra import HRA
 from jpeft.methods.ia3 import IA3
+from jpeft.methods.kasa import KaSA
 from jpeft.methods.loha import LoHa
 from jpeft.methods.lokr import LoKr
 from jpeft.methods.lora import LoRA
@@ -53,6 +54,7 @@ __all__ = [
     "GraLoRA",
     "HiRA",
     "Houlsby",
+    "KaSA",
     "LayerNormTuning",
     "LoHa",
     "LoKr",

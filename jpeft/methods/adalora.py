@@ -54,7 +54,7 @@ class AdaLoRA(Method):
 
     init_r: int = 12
     target_r: int = 8
-    alpha: float = 12.0
+    alpha: float = 32.0
     dropout: float = 0.0
     tinit: int = 0
     tfinal: int = 0
@@ -65,7 +65,7 @@ class AdaLoRA(Method):
     total_step: int | None = None
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
-    recommended_lr: ClassVar[float] = 3e-3
+    recommended_lr: ClassVar[float] = 5e-3
 
     def __post_init__(self) -> None:
         check_rate(self, self.dropout)

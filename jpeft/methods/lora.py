@@ -16,7 +16,7 @@ from jpeft.core.ops import Op
 from jpeft.core.site import Site
 from jpeft.errors import MethodConfigError
 from jpeft.methods import _starts
-from jpeft.methods._lowrank import dropout_key, uniform
+from jpeft.methods._lowrank import check_rate, dropout_key, uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +35,15 @@ class LoRA(Method):
         dropout: rate of inverted dropout on the input of the adapter path, active when `Call.key` is given.
         init_weights: `kaiming` (A uniform), `gaussian`, `orthogonal`, `pissa` (principal singular vectors; as
             `pissa_niter_4`, by a fast random projection with 4 subspace iterations), `olora` (QR), `eva` (A: principal
-            directions of the leaf's inputs), `corda` (principal part of W as the inputs see it; `corda_kpm`: the least
-            part, which keeps what the inputs show), `lora_ga` (A and B along the gradient of the loss).
+            directions of the leaf's inputs, arXiv 2410.07170), `corda` (principal part of W as the inputs see it;
+            `corda_kpm`: the least part, which keeps what the inputs show; 2406.05223), `lora_ga` (A and B along the
+            gradient of the loss; 2407.05000).
 
     Raises:
         MethodConfigError: a rank below 1 or above the smaller side of the kernel (`lora_ga`: half of it), an unknown
             init, or one from data where the leaf is no contraction weight.
 
-    Source: arXiv 2106.09685; rsLoRA 2312.03732; PiSSA 2404.02948; OLoRA 2406.01775; EVA 2410.07170; CorDA 2406.05223;
-    LoRA-GA 2407.05000.
+    Source: arXiv 2106.09685; rsLoRA 2312.03732; PiSSA 2404.02948; OLoRA 2406.01775.
 
     Example:
         >>> import jax.numpy as jnp, jpeft
@@ -67,9 +67,7 @@ class LoRA(Method):
         if self.init_weights not in _starts.INITS and not re.fullmatch(r"pissa_niter_\d+", self.init_weights):
             raise MethodConfigError(f"{type(self).__name__}(init_weights={self.init_weights!r}) is unknown; "
                                     f"use one of {', '.join(_starts.INITS)}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise MethodConfigError(f"{type(self).__name__}(dropout={self.dropout}) is not in [0, 1); "
-                                    "give the rate that is dropped")
+        check_rate(self, self.dropout)
 
     @property
     def width(self) -> int:

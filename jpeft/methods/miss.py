@@ -21,8 +21,8 @@ class MiSS(Method):
     """Train one small matrix that all shards of the input share.
 
     `y = x W + (x_1 + x_2 + ..) D`: the inputs are cut into shards of r, the last one filled with zeros; D
-    `[*stack, r, out]` starts at zero. Entry (i, j) of the weight changes by `D[i mod r, j]`. With `mini = m`, D is
-    `[*stack, r, m]` and repeated over the outputs: (i, j) changes by `D[i mod r, j mod m]`.
+    (`block`) `[*stack, r, out]` starts at zero. Entry (i, j) of the weight changes by `D[i mod r, j]`. With `mini = m`,
+    D is `[*stack, r, m]` and repeated over the outputs: (i, j) changes by `D[i mod r, j mod m]`.
 
     Args:
         rank: r.
@@ -54,18 +54,18 @@ class MiSS(Method):
 
     def init(self, key: jax.Array, site: Site, base: jax.Array) -> tuple[Theta, Theta]:
         columns = site.out_size if self.mini is None else self.mini
-        return {"d": jnp.zeros((*site.stack_shape, self.rank, columns), site.theta_dtype)}, {}
+        return {"block": jnp.zeros((*site.stack_shape, self.rank, columns), site.theta_dtype)}, {}
 
     def build(self, site: Site, base: Any, theta: Theta, key: jax.Array | None) -> jax.Array | Op:
-        return ops.add(base, maps.linear(site.shape, {"d": theta["d"]}, Shards(site.out_size), site.stack_dims,
+        return ops.add(base, maps.linear(site.shape, {"block": theta["block"]}, Shards(site.out_size), site.stack_dims,
                                          site.in_dims, site.out_dims))
 
     def neutral(self, site: Site, theta: Theta) -> Theta:
-        return {"d": jnp.zeros_like(theta["d"])}
+        return {"block": jnp.zeros_like(theta["block"])}
 
     def axes(self, site: Site) -> dict[str, tuple[int | None, ...]]:
         whole = self.mini is None and len(site.out_dims) == 1
-        return {"d": (*site.stack_dims, None, site.out_dims[0] if whole else None)}
+        return {"block": (*site.stack_dims, None, site.out_dims[0] if whole else None)}
 
     def flops(self, site: Site) -> tuple[int, int]:
         return 2 * self.rank * (site.out_size if self.mini is None else self.mini), 0
@@ -78,7 +78,7 @@ class Shards:
     outputs: int
 
     def __call__(self, theta: maps.Arrays, x: jax.Array) -> jax.Array:
-        r, columns = theta["d"].shape
+        r, columns = theta["block"].shape
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % r)])
-        y = jnp.sum(jnp.reshape(x, (*x.shape[:-1], -1, r)), -2) @ theta["d"]
+        y = jnp.sum(jnp.reshape(x, (*x.shape[:-1], -1, r)), -2) @ theta["block"]
         return y if columns == self.outputs else jnp.tile(y, (1,) * (y.ndim - 1) + (self.outputs // columns,))

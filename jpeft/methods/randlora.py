@@ -55,7 +55,7 @@ class RandLoRA(Method):
     very_sparse: bool = False
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear"})
-    recommended_lr: ClassVar[float] = 1e-3
+    recommended_lr: ClassVar[float] = 2e-4
 
     def __post_init__(self) -> None:
         if self.sparse and self.very_sparse:

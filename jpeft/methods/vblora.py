@@ -56,7 +56,7 @@ class VBLoRA(Method):
     init_weights: str = "frozen"
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear"})
-    recommended_lr: ClassVar[float] = 1e-2
+    recommended_lr: ClassVar[float] = 2e-3
 
     def __post_init__(self) -> None:
         if self.init_weights not in ("frozen", "plain"):

@@ -13,8 +13,8 @@ from jpeft.errors import MethodConfigError
 
 def equation(theta: dict[str, jax.Array], w: jax.Array) -> jax.Array:
     i, j = jnp.meshgrid(*map(jnp.arange, w.shape), indexing="ij")
-    r, m = theta["d"].shape
-    return w + theta["d"][i % r, j % m]
+    r, m = theta["block"].shape
+    return w + theta["block"][i % r, j % m]
 
 
 @pytest.mark.parametrize("rank", [3, 4])

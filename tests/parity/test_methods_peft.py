@@ -30,7 +30,7 @@ class Twin:
         name: the row's name.
         method: ours.
         config: name of the configuration class in peft.
-        fields: its fields, `target_modules` aside.
+        fields: its fields, `target_modules` aside; a function gets the module peft and makes the value.
         stored: from our theta, the values of peft's parameters and buffers by name.
         shape: `[in, out]` of the weight.
     """
@@ -56,9 +56,9 @@ TWINS = [
     *(Twin(f"loha {r}", jpeft.LoHa(rank=r, alpha=5), "LoHaConfig", {"r": r, "alpha": 5},
            lambda t: {f"hada_w{i}_{x}": t[f"w{i}{y}"].T for i in (1, 2) for x, y in ("ab", "ba")}) for r in (1, 3)),
     Twin("hira", jpeft.HiRA(rank=3), "HiraConfig", {"r": 3}, lambda t: {"hira_A": t["a"].T, "hira_B": t["b"].T}),
-    Twin("miss", jpeft.MiSS(rank=3), "MissConfig", {"r": 3}, lambda t: {"miss_block": t["d"]}),
+    Twin("miss", jpeft.MiSS(rank=3), "MissConfig", {"r": 3}, lambda t: {"miss_block": t["block"]}),
     Twin("miss mini", jpeft.MiSS(rank=4, mini=2), "MissConfig", {"r": 4, "mini_r": 2, "init_weights": "mini"},
-         lambda t: {"miss_block": t["d"]}),
+         lambda t: {"miss_block": t["block"]}),
     Twin("delora", jpeft.DeLoRA(rank=3, init_weights="zero"), "DeloraConfig", {"r": 3},
          lambda t: {"delora_A": t["a"].T, "delora_B": t["b"].T, "delora_lambda": t["lambda"][None]}),
     *(Twin(f"randlora {n}", jpeft.RandLoRA(rank=3, randlora_alpha=4), "RandLoraConfig", {"r": 3, "randlora_alpha": 4},
@@ -69,6 +69,9 @@ TWINS = [
     Twin("vblora", jpeft.VBLoRA(rank=2, num_vectors=7, vector_length=2, init_weights="plain"), "VBLoRAConfig",
          {"r": 2, "num_vectors": 7, "vector_length": 2, "topk": 2},
          lambda t: {"vblora_logits_A": t["la"], "vblora_logits_B": t["lb"].swapaxes(0, 1), "vector_bank": t["v"]}),
+    Twin("kasa", jpeft.KaSA(rank=2, alpha=3), "LoraConfig",
+         {"r": 2, "lora_alpha": 3, "kasa_config": lambda peft: peft.KasaConfig()},
+         lambda t: {"lora_A.": t["a"].T, "lora_B.": t["b"].T, "lora_diag": t["d"]}),
     Twin("gralora", jpeft.GraLoRA(rank=4, alpha=3, hybrid_r=2), "GraloraConfig",
          {"r": 4, "alpha": 3, "gralora_k": 2, "hybrid_r": 2},
          lambda t: {"gralora_A.": t["a"], "gralora_B.": t["b"], "gralora_A_general": t["ga"].T,
@@ -85,7 +88,8 @@ def theirs(twin: Twin, w: np.ndarray, numbers: Numbers, x: np.ndarray) -> np.nda
     layer.forward = lambda x: layer["only"](x)
     with torch.no_grad():
         layer["only"].weight.copy_(torch.tensor(w.T))
-    model = peft.get_peft_model(layer, getattr(peft, twin.config)(target_modules=["only"], **twin.fields)).eval()
+    fields = {k: v(peft) if callable(v) else v for k, v in twin.fields.items()}
+    model = peft.get_peft_model(layer, getattr(peft, twin.config)(target_modules=["only"], **fields)).eval()
     held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
         for name, value in numbers.items():
