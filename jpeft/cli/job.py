@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,16 +18,16 @@ from jpeft.cli.build import Loaded, Training
 from jpeft.cli.config import JobConfig
 from jpeft.cli.progress import ProgressBar, StepTimes
 from jpeft.cli.runs import RunSummary
-from jpeft.core import store
+from jpeft.cli.tasks.base import Adapted, Tested
+from jpeft.core import files, store, transform
 from jpeft.core.explain import explain
 from jpeft.core.identity import fingerprint
-from jpeft.data.batches import Batches
-from jpeft.data.classify import Examples
+from jpeft.data.epochs import Epochs
 from jpeft.data.pipeline import stream
 from jpeft.errors import JpeftError, RunError
+from jpeft.interop.pretrained import save_pretrained
 from jpeft.train import report
 from jpeft.train.checkpoint import Checkpoints
-from jpeft.train.evaluate import evaluate
 from jpeft.train.loop import FitResult, fit
 from jpeft.train.metrics import JsonLines
 
@@ -43,13 +42,12 @@ class Compiled:
         temp_bytes: what the largest program needs besides its inputs and outputs.
     """
 
-    def __init__(self, step: Any, state: Any, frozen: Any, made: Batches) -> None:
+    def __init__(self, step: Any, state: Any, frozen: Any, made: Epochs) -> None:
         """Compile `step` for one batch of each width of `made`."""
         begin = time.perf_counter()
         first = {width: i for i, (_, width) in reversed(list(enumerate(made.epoch(0))))}
-        lowered = [step.lower(state, frozen, made.make(0, i)) for i in first.values()]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            self._programs = dict(zip(first, pool.map(lambda one: one.compile(), lowered), strict=True))
+        # One after the other: each compiles on several threads anyway, and all at once need far more memory.
+        self._programs = {width: step.lower(state, frozen, made.make(0, i)).compile() for width, i in first.items()}
         self.temp_bytes = max(p.memory_analysis().temp_size_in_bytes for p in self._programs.values())
         self.seconds = time.perf_counter() - begin
 
@@ -85,7 +83,7 @@ def run(job: JobConfig, command: str, resume: bool, say: Say, console: Console) 
     made = build.batches(job, data["train"], shuffle=True)
     start = build.training(loaded, made)
     say(str(explain(plan)))
-    for note in (*loaded.model.notes, *_rows(job, data, made)):
+    for note in (*loaded.model.notes, *loaded.task.told(job, data, made)):
         say(note)
     with console.status(f"compiling for batches of {', '.join(map(str, made.widths))} tokens"):
         compiled = Compiled(start.step, start.state, start.frozen, made)
@@ -100,9 +98,9 @@ def run(job: JobConfig, command: str, resume: bool, say: Say, console: Console) 
                        "--resume") from error
 
 
-def _train(loaded: Loaded, start: Training, compiled: Compiled, made: Batches, data: dict[str, Examples], say: Say,
+def _train(loaded: Loaded, start: Training, compiled: Compiled, made: Epochs, data: dict[str, Any], say: Say,
            console: Console) -> RunSummary | str:
-    job, plan, state, frozen = loaded.config, loaded.plan, start.state, start.frozen
+    job, plan, state, frozen, task = loaded.config, loaded.plan, start.state, start.frozen, loaded.task
     t, folder = job.train, job.folder
     checkpoints = Checkpoints(folder / runs.CHECKPOINTS, keep=t.keep, base=fingerprint(loaded.params),
                               config_hash=job.hash())
@@ -117,55 +115,68 @@ def _train(loaded: Loaded, start: Training, compiled: Compiled, made: Batches, d
     held = build.batches(job, data["validation"])
     every = t.eval_every or len(made)
     times = StepTimes()
+    tokens = None if task.monitor == "accuracy" else _tokens(loaded, made)
     begin = time.perf_counter()
     try:
         result = fit(
             compiled, state, frozen, rows, total_steps=start.total_steps, eval_every=every,
             save_every=t.save_every or every, checkpoints=checkpoints,
-            evaluate=lambda trainable: evaluate(start.apply, trainable, frozen, build.once(held)),
+            evaluate=lambda trainable: task.evaluate(start.apply, trainable, frozen, build.once(held)),
             on_best=lambda trainable, _, n: store.save(folder / runs.ADAPTER, plan, trainable, frozen),
-            hooks=(JsonLines(folder / runs.METRICS), ProgressBar(console), times))
+            hooks=(JsonLines(folder / runs.METRICS), ProgressBar(console, task.monitor, tokens), times),
+            monitor=task.monitor, mode=task.mode)
     finally:
         rows.close()
     seconds = time.perf_counter() - begin
     report.plot(folder / runs.METRICS, folder / runs.PLOT)
     if result.stopped == "interrupted":
         return result.message
-    best = build.load_adapter(loaded, folder / runs.ADAPTER)
-    test = evaluate(start.apply, best.trainable, best.frozen, build.once(build.batches(job, data["test"])))
-    found = _summary(loaded, start, compiled, result, times, seconds, test, notes)
+    best = build.load_adapter(loaded, folder / runs.ADAPTER, start.apply)
+    with console.status("testing"):
+        test = task.test(best, data["test"], compare=True)
+    if test.samples:
+        files.write(folder / runs.SAMPLES, test.samples.encode())
+    if isinstance(job.model.source, dict):
+        write_model(best, folder / runs.MODEL)
+    found = _summary(loaded, start, compiled, result, times, seconds, test, notes, made)
     found.write(folder / runs.SUMMARY)
     return found
 
 
+def write_model(adapted: Adapted, folder: Path) -> None:
+    """Write model and adapter as one plain Hugging Face folder."""
+    params = transform.merge(adapted.plan, adapted.trainable, adapted.frozen)
+    loaded = adapted.loaded
+    save_pretrained(folder, loaded.model, params, loaded.tokenizer, labels=loaded.task.names(loaded.config))
+
+
 def _summary(loaded: Loaded, start: Training, compiled: Compiled, result: FitResult, times: StepTimes, seconds: float,
-             test: dict[str, float], notes: tuple[str, ...]) -> RunSummary:
+             test: Tested, notes: tuple[str, ...], made: Epochs) -> RunSummary:
     job = loaded.config
     short = report.summarise(result, start.total_steps, base=loaded.params, seconds=seconds, examples=times.examples,
-                             notes=notes)
+                             notes=(*notes, *test.notes))
     fields: dict[str, Any] = {
         **{f.name: getattr(short, f.name) for f in dataclasses.fields(short)},
         "trainable_parameters": loaded.plan.count()}
     # A step is reported when the one after it has begun: the first time of a run holds two of them.
     steady = times.seconds[1:] or times.seconds
+    median = statistics.median(steady) if steady else None
     return RunSummary(
         **fields, name=str(job.name), methods=runs.describe(job.rules), learning_rate=job.train.learning_rate or 0.0,
-        test=test, adapter_bytes=(job.folder / runs.ADAPTER / "adapter.safetensors").stat().st_size,
+        task=job.model.task, test=test.after, before=test.before, baseline=test.baseline,
+        adapter_bytes=(job.folder / runs.ADAPTER / "adapter.safetensors").stat().st_size,
         model_bytes=sum(int(np.asarray(x.nbytes)) for x in jax.tree.leaves(loaded.params)),
-        ms_per_step=1000 * statistics.median(steady) if steady else None, temp_bytes=compiled.temp_bytes,
+        ms_per_step=None if median is None else 1000 * median, temp_bytes=compiled.temp_bytes,
+        tokens_per_second=None if median is None else _tokens(loaded, made) / median,
         compile_seconds=compiled.seconds, device=jax.devices()[0].device_kind)
 
 
-def _rows(job: JobConfig, data: dict[str, Examples], made: Batches) -> list[str]:
-    counts = ", ".join(f"{len(examples):,} {name}" for name, examples in data.items())
-    cut = sum(examples.truncated for examples in data.values())
-    lines = [f"rows: {counts}; {len(made):,} batches of {made.batch_size} an epoch, {made.waste():.0%} of them padding"]
-    if cut:
-        lines.append(f"truncated: {cut:,} texts are longer than data.max_length = {job.data.max_length} tokens")
-    return lines
+def _tokens(loaded: Loaded, made: Epochs) -> float:
+    """Return how many tokens a batch has on average, padding not counted."""
+    slots = loaded.task.sides * made.batch_size * sum(width for _, width in made.epoch(0))
+    return slots * (1 - made.waste()) / len(made)
 
 
-def evaluate_split(loaded: Loaded, adapted: build.Adapted, split: str) -> dict[str, float]:
-    """Return loss, accuracy and count of a run's adapter on one split of its rows."""
-    rows = build.batches(loaded.config, build.load_data(loaded.config, loaded.tokenizer)[split])
-    return evaluate(adapted.apply, adapted.trainable, adapted.frozen, build.once(rows))
+def evaluate_split(loaded: Loaded, adapted: Adapted, split: str) -> Tested:
+    """Return the metrics of a run's adapter on one split of its rows."""
+    return loaded.task.test(adapted, build.load_data(loaded.config, loaded.tokenizer)[split], compare=False)

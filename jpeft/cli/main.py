@@ -1,4 +1,4 @@
-"""The command line `jpeft`: train, eval, predict, merge, explain, methods, compare."""
+"""The command line `jpeft`: train, eval, predict, generate, merge, explain, methods, compare."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ try:
 except ModuleNotFoundError as _error:
     raise SystemExit(f"error: the command line needs {_error.name}; pip install 'jpeft[train]'") from _error
 
+from jpeft.cli import generate
 from jpeft.errors import ConfigError, JpeftError, RunError
 
 app = typer.Typer(
@@ -77,7 +78,7 @@ def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN_OR_CONFIG", help="A run's folder, or its configuration.")],
     split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "test",
 ) -> None:
-    """Measure loss and accuracy of a run's adapter."""
+    """Measure a run's adapter: loss and accuracy, or perplexity and right answers."""
     from jpeft.cli import build, job
     from jpeft.errors import nearest
 
@@ -85,16 +86,19 @@ def evaluate(
         raise ConfigError(f"--split {split!r} is none of {', '.join(build.SPLITS)} ({nearest(split, build.SPLITS, 1)})")
     adapted = _adapted(run)
     found = job.evaluate_split(adapted.loaded, adapted, split)
-    _say(f"{split}: accuracy {found['accuracy']:.4f}, loss {found['loss']:.4f}, {found['count']:,.0f} rows")
+    _say(f"{split}: {adapted.loaded.task.line(found.after)}")
+    for note in found.notes:
+        _say(note)
 
 
 @app.command(**_example("jpeft predict runs/quickstart --text 'a warm and funny film' --text 'a mess'"))
 def predict(
     run: Run,
-    text: Annotated[list[str] | None, typer.Option("--text", help="A text to classify; may be given often.")] = None,
+    text: Annotated[list[str] | None, typer.Option(
+        "--text", help="A text to classify or to answer; may be given often.")] = None,
     file: Annotated[Path | None, typer.Option("--file", help="A file with a text on each line.")] = None,
 ) -> None:
-    """Print class, probability and text, separated by tabs, for each text."""
+    """Print class, probability and text, or answer and text, separated by tabs, for each text."""
     texts = list(text or [])
     if file is not None:
         try:
@@ -104,13 +108,14 @@ def predict(
     if not texts:
         raise ConfigError("there is nothing to predict; give --text or --file")
     adapted = _adapted(run)
-    found, truncated = adapted.probabilities(texts)
-    names = adapted.loaded.config.data.names
-    for one, row in zip(texts, found, strict=True):
-        _say(f"{names[int(row.argmax())]}\t{row.max():.4f}\t{one}")
-    if truncated:
-        limit = adapted.loaded.config.data.max_length
-        print(f"note: {truncated} of {len(texts)} texts were truncated to {limit} tokens", file=sys.stderr)
+    lines, notes = adapted.loaded.task.predict(adapted, texts)
+    for line in lines:
+        _say(line)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+generate.register(app)
 
 
 @app.command(**_example("jpeft merge runs/quickstart merged"))
@@ -118,15 +123,11 @@ def merge(
     run: Run, out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
 ) -> None:
     """Write model and adapter as one plain Hugging Face folder: no cost at inference, no jpeft needed."""
-    from jpeft.core import transform
-    from jpeft.interop.pretrained import save_pretrained
+    from jpeft.cli.job import write_model
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} exists already and is not empty; name a new folder")
-    adapted = _adapted(run)
-    params = transform.merge(adapted.plan, adapted.trainable, adapted.frozen)
-    loaded = adapted.loaded
-    save_pretrained(out, loaded.model, params, loaded.tokenizer, labels=loaded.config.data.names)
+    write_model(_adapted(run), out)
     _say(f"wrote {out}: config.json, model.safetensors, tokenizer files")
 
 
@@ -189,9 +190,9 @@ def compare(
         raise RunError("none of the runs has a result; run them, or add --run to run the configurations now")
     rows = tables.compared(found)
     if markdown:
-        _say(tables.markdown(tables.COMPARED, rows, left=2))
+        _say(tables.markdown(tables.heads(found), rows, left=2))
     else:
-        _console().print(tables.table(tables.COMPARED, rows, left=2))
+        _console().print(tables.table(tables.heads(found), rows, left=2))
 
 
 def _console() -> Console:

@@ -14,7 +14,7 @@ from jpeft.errors import RunError, nearest
 from jpeft.train import report
 
 CONFIG, METRICS, PLOT, SUMMARY = "config.yaml", "metrics.jsonl", "plot.png", "summary.json"
-ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
+ADAPTER, CHECKPOINTS, SAMPLES, MODEL = "adapter", "checkpoints", "samples.md", "model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +25,14 @@ class RunSummary(report.Summary):
         name: of the run.
         methods: what trains, in words.
         learning_rate: its peak.
+        task: `model.task` of the job.
         test: metrics on the test rows, with the adapter that is best on the validation rows.
+        before: the same without an adapter; empty where there is nothing to compare with.
+        baseline: what needs no model, such as the most frequent answer.
         adapter_bytes: size of the adapter's file.
         model_bytes: size of the base parameters.
         ms_per_step: median time of a training step; None if none was timed.
+        tokens_per_second: trained on in a step of that time, padding not counted.
         temp_bytes: what a training step of the largest batch needs besides its inputs and outputs.
         compile_seconds: time of compiling the training step, for all widths together.
         device: what it ran on.
@@ -37,10 +41,14 @@ class RunSummary(report.Summary):
     name: str = ""
     methods: str = ""
     learning_rate: float = 0.0
+    task: str = "classification"
     test: dict[str, float] = dataclasses.field(default_factory=dict)
+    before: dict[str, float] = dataclasses.field(default_factory=dict)
+    baseline: dict[str, float] = dataclasses.field(default_factory=dict)
     adapter_bytes: int = 0
     model_bytes: int = 0
     ms_per_step: float | None = None
+    tokens_per_second: float | None = None
     temp_bytes: int = 0
     compile_seconds: float = 0.0
     device: str = ""

@@ -9,9 +9,11 @@ import rich.table
 
 from jpeft.cli.rules import METHODS, described
 from jpeft.cli.runs import RunSummary
+from jpeft.cli.tasks import TASKS
 
 Rows = Sequence[Sequence[str]]
 COMPARED = ("run", "method", "lr", "test accuracy", "trainable", "%", "adapter", "ms/step", "temp memory", "seconds")
+_ALONE = "classification"  # where all runs are of this task, the head of the column says what the number is
 LISTED = ("method", "what it does", "rides on", "default lr", "paper")
 
 
@@ -30,9 +32,17 @@ def size(count: int) -> str:
     return f"{value:.1f} TB"
 
 
+def heads(summaries: Sequence[RunSummary]) -> tuple[str, ...]:
+    """Return the heads of the columns that runs are compared in."""
+    alone = all(s.task == _ALONE for s in summaries)
+    return tuple("test" if name == "test accuracy" and not alone else name for name in COMPARED)
+
+
 def compared(summaries: Sequence[RunSummary]) -> list[list[str]]:
-    """Return a row of `COMPARED` for each run."""
-    return [[s.name, s.methods, f"{s.learning_rate:g}", f"{s.test['accuracy']:.4f}", f"{s.trainable_parameters:,}",
+    """Return a row of `heads(summaries)` for each run."""
+    alone = heads(summaries) == COMPARED
+    return [[s.name, s.methods, f"{s.learning_rate:g}",
+             f"{s.test['accuracy']:.4f}" if alone else TASKS[s.task].headline(s.test), f"{s.trainable_parameters:,}",
              f"{s.percent:.3f}", size(s.adapter_bytes), "-" if s.ms_per_step is None else f"{s.ms_per_step:.1f}",
              size(s.temp_bytes), f"{s.seconds:.0f}"] for s in summaries]
 
@@ -77,12 +87,14 @@ def result(s: RunSummary) -> list[str]:
     """Return the lines that a run ends with."""
     memory = size(s.peak_host_bytes) + (f" host, {size(s.peak_device_bytes)} device" if s.peak_device_bytes else "")
     speed = "" if s.ms_per_step is None else f", {s.ms_per_step:.1f} ms/step on {s.device}"
-    rows = f"{s.test['count']:,.0f} rows"
+    many = f"{s.examples_per_second:.0f} examples/s" if s.task == _ALONE or s.tokens_per_second is None else (
+        f"{s.tokens_per_second:,.0f} tokens/s")
     return [
-        f"test accuracy   {s.test['accuracy']:.4f} on {rows}, best step {s.best_step} of {s.steps}",
+        *(f"{name:<15} {said}" for name, said in TASKS[s.task].result(s)),
         f"trainable       {s.trainable_parameters:,} of {s.base_parameters:,} parameters ({s.percent:.3f} %)",
         f"adapter file    {size(s.adapter_bytes)}, the model {size(s.model_bytes)}",
         f"peak memory     {memory}; a step's temporaries {size(s.temp_bytes)}",
-        f"time            {s.seconds:.1f} s, {s.examples_per_second:.0f} examples/s{speed}; "
+        f"time            {s.seconds:.1f} s, {many}{speed}; "
         f"{s.compile_seconds:.1f} s of compiling before",
+        *(f"note            {note}" for note in s.notes),
     ]

@@ -38,6 +38,8 @@ def _finish(ctx: Context, eqn: Any, leaf: Leaf, y: Any, hooks: Sequence[Any], fe
     if not hooks:
         return [y]
     bias, token = ctx.biases.get(leaf.paths[0]), _token_axis(ctx, eqn)
+    if ctx.tokens and token is None:
+        hooks = [h for h in hooks if not _without_rows(ctx, eqn, h.fn)]
     pairs = tuple((h.fn, hook_theta(h)) for h in hooks)
     if token is None and any(h.fn.method.positions for h in hooks):
         raise CallError(f"{ctx.where(eqn)} applies {leaf.paths[0]!r} to rows without a token axis, and its method acts "
@@ -59,6 +61,17 @@ def _input_of(ctx: Context, eqn: Any, hook: Any, rows: tuple[int, ...]) -> Any:
         raise UnsupportedUse(f"{ctx.where(eqn)}: the method on {hook.site.path!r} wants the input of {path!r}, which "
                              f"{found}; name the first projection of the same sublayer")
     return jnp.reshape(x, (*rows, x.shape[-1]))
+
+
+def _without_rows(ctx: Context, eqn: Any, hook: Any) -> bool:
+    """Whether a method has virtual tokens and this use of its leaf does not: a table that a second text reads too."""
+    if not hook.method.virtual_tokens:
+        return False
+    if hook.site.use == "linear":
+        raise CallError(f"{ctx.where(eqn)} applies {hook.site.path!r} to tokens that have no virtual ones before them; "
+                        f"limit the rule of {type(hook.method).__name__} to the leaves of the text that "
+                        "jpeft.Tokens(ids=...) names")
+    return True
 
 
 def _pick(ctx: Context, eqn: Any, values: list[Any]) -> int:

@@ -29,12 +29,15 @@ class Call(NamedTuple):
         task: task index, for methods that learn several tasks.
         adapter: adapter index, for banks of stacked adapters.
         lengths: lengths of the real tokens, for methods that act from a position on.
+        continued: True where the tokens go on after others that a cache holds, the virtual ones among them: no virtual
+            tokens are added. It is static: no array, and made inside a jitted function.
     """
 
     key: Any = None
     task: Any = None
     adapter: Any = None
     lengths: Any = None
+    continued: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,6 +112,8 @@ def _check_call(plan: Plan, trainable: Any, frozen: Any, call: Any) -> None:
         raise CallError(f"peft is a {type(call).__name__}; pass peft=jpeft.Call(key=...)")
     if call.key is not None:
         _check_key(call.key, "peft=Call(key=...)")
+    if not isinstance(call.continued, bool | None):
+        raise CallError("peft=Call(continued=...) is no bool but an array; make the Call inside the jitted function")
     for field in ("task", "adapter", "lengths"):
         if getattr(call, field) is not None and not any(field in e.method.call for e in plan.entries):
             raise CallError(f"peft=Call({field}=...) is given, but no method of the plan reads it; drop it")
@@ -130,7 +132,7 @@ def _inputs(plan: Plan, names: Sequence[str], leaves: Sequence[Any], trainable: 
             own = None if call.key is None else jax.random.fold_in(call.key, path_number(name))
             value = entry.method.build(entry.site, jnp.asarray(leaf), _theta(plan, entry, trainable, frozen), own)
             if isinstance(value, Hooked):
-                value = told(value, entry.start, plan.virtual_tokens, call.lengths)
+                value = told(value, entry.start, plan.virtual_tokens, call.lengths, bool(call.continued))
         if isinstance(value, Op) or name in watched:
             dims = tuple(frozenset({d}) for d in range(np.ndim(leaf)))
             value = Leaf(value, (Origin(name, dims),), jax.dtypes.canonicalize_dtype(leaf.dtype))
@@ -154,7 +156,7 @@ def _hashable(x: Any) -> bool:
 def _evaluate(apply: Apply, plan: Plan, trainable: Trainable, frozen: Frozen, args: Sequence[Any],
               kwargs: Mapping[str, Any], call: Call) -> Any:
     """Trace `apply` once and walk the jaxpr with the adapted leaves in place."""
-    n = plan.virtual_tokens
+    n = 0 if call.continued else plan.virtual_tokens
     plain_args, plain_kwargs = args, kwargs
     if n:
         assert plan.tokens is not None
@@ -172,7 +174,7 @@ def _evaluate(apply: Apply, plan: Plan, trainable: Trainable, frozen: Frozen, ar
         ctx.tokens, ctx.moved = twins(traced.jaxpr, before.jaxpr, n)
         ctx.growth = n
         shapes = [tuple(v.aval.shape) for v in before.jaxpr.outvars]
-    elif plan.tokens is not None and any(e.method.positions for e in plan.entries):
+    elif plan.tokens is not None and not call.continued and any(e.method.positions for e in plan.entries):
         by = other_length(plan.tokens, args, kwargs)
         other = trace(apply, frozen.base, *pad(plan.tokens, by, args, kwargs))
         ctx.tokens, ctx.growth = shapes_of(traced.jaxpr, other.jaxpr), -by
@@ -195,7 +197,8 @@ def adapt(apply: Apply, plan: Plan) -> Callable[..., Any]:
         plan: made for its parameters.
 
     Returns:
-        A function for jit, grad, jvp, vmap, pmap, scan, remat and shard_map. `peft` is its only reserved keyword.
+        A function for jit, grad, jvp, vmap, pmap, scan, remat and shard_map. `peft` is its only reserved keyword; its
+        attributes `apply` and `plan` are the two arguments.
         Called on concrete arrays outside any transformation, it is compiled once per shapes and static arguments.
 
     Raises:
@@ -234,6 +237,7 @@ def adapt(apply: Apply, plan: Plan) -> Callable[..., Any]:
             return evaluate(trainable, frozen, args, kwargs, peft)
         return compiled(treedef, static)([x for x, s in zip(leaves, static, strict=True) if s is None])
 
+    vars(adapted).update(apply=apply, plan=plan)
     return adapted
 
 

@@ -1,5 +1,7 @@
 """From a file of rows to batches of few shapes, in an order that a position of a few bytes restores.
 
-Reading order: `table` (CSV, JSON lines, Parquet), `split` (train, validation, test), `classify` (texts and labels to
-ids), `batches` (which rows, how wide, in which order), `pipeline` (the stream of batches, on grain).
+Reading order: `table` (CSV, JSON lines, Parquet), `rows` (conversations, templates over columns, files of text),
+`split` (train, validation, test); rows to ids: `classify` (texts and labels), `sft` (conversations, completions, plain
+text, in pieces made by `turns`), `seq2seq` (texts and what they become); `epochs` (which rows, how wide, in which
+order), of which `batches`, `packing` and `seq2seq` have the kinds; `pipeline` (the stream of batches, on grain).
 """

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jpeft.data.checks import check_text, missing, numbers
 from jpeft.errors import (
     ColumnError,
     DataError,
@@ -80,12 +81,7 @@ class Examples:
         Raises:
             DataError: an index is that of no row.
         """
-        rows = np.asarray(indices, dtype=None if len(indices) else np.int64)
-        if rows.ndim != 1 or rows.dtype.kind not in "iu":
-            raise DataError(f"indices are {rows.dtype} of shape {rows.shape}, must be a list of row numbers")
-        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
-            raise DataError(f"indices go from {rows.min()} to {rows.max()}, but there are {len(self)} rows, counted "
-                            "from 0; take the indices from a split of these rows")
+        rows = numbers(indices, len(self))
         types = None if self.type_ids is None else [self.type_ids[i] for i in rows]
         return Examples([self.ids[i] for i in rows], self.labels[rows], types, self.cut[rows], self.pad_id)
 
@@ -137,8 +133,8 @@ def encode(tokenizer: Encodes, texts: Sequence[str], labels: Sequence[Any], *, c
     types: list[np.ndarray] = []
     cut = np.zeros(len(texts), bool)
     for i, text in enumerate(texts):
-        _check_text(i, text)
-    numbers = np.array([number(i, label, texts[i]) for i, label in enumerate(labels)], np.int32)
+        check_text(i, text)
+    labelled = np.array([number(i, label, texts[i]) for i, label in enumerate(labels)], np.int32)
     for start in range(0, len(texts), _CHUNK):
         chunk = texts[start:start + _CHUNK]
         rows = list(tokenizer.encode(chunk))
@@ -153,32 +149,12 @@ def encode(tokenizer: Encodes, texts: Sequence[str], labels: Sequence[Any], *, c
             ids.append(np.array(row.ids, np.int32))
             if tokenizer.token_types:
                 types.append(np.array(row.type_ids, np.int32))
-    return Examples(ids, numbers, types if tokenizer.token_types else None, cut, tokenizer.pad_id)
+    return Examples(ids, labelled, types if tokenizer.token_types else None, cut, tokenizer.pad_id)
 
 
 def _row(i: int, text: Any) -> str:
     short = text if not isinstance(text, str) or len(text) <= 40 else text[:40] + "..."
     return f"row {i} (counted from 0, {short!r})"
-
-
-def _check_text(i: int, text: Any) -> None:
-    if _missing(text):
-        raise MissingValueError(f"row {i} (counted from 0) has no text; fill it in or leave the row out")
-    if not isinstance(text, str):
-        raise ColumnError(f"the text of row {i} (counted from 0) is a {type(text).__name__}, {text!r:.60}, expected a "
-                          "string; name the column that holds the texts")
-    if not text or text.isspace():
-        raise MissingValueError(f"row {i} (counted from 0) has an empty text, {text!r:.20}; fill it in or leave the "
-                                "row out")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ColumnError(f"the text of row {i} (counted from 0) holds {text[error.start]!r}, half of a character, in "
-                          f"place {error.start}; correct the row") from error
-
-
-def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float | np.floating) and value != value)
 
 
 def _numbering(classes: Sequence[str] | int) -> Callable[[int, Any, str], int]:
@@ -198,7 +174,7 @@ def _numbering(classes: Sequence[str] | int) -> Callable[[int, Any, str], int]:
         f"the {count} classes 0 to {count - 1}"
 
     def number(i: int, label: Any, text: str) -> int:
-        if _missing(label) or (isinstance(label, str) and not label.strip()):
+        if missing(label) or (isinstance(label, str) and not label.strip()):
             raise MissingValueError(f"{_row(i, text)} has no label; fill it in or leave the row out")
         plain = str(label).strip()
         if isinstance(label, float | np.floating) and float(label).is_integer():

@@ -6,7 +6,7 @@ from typing import Any
 
 import grain  # type: ignore[import-untyped]
 
-from jpeft.data.batches import Batch, Batches
+from jpeft.data.epochs import Batch, Epochs
 from jpeft.errors import BatchingError, DataPositionError
 
 
@@ -68,7 +68,7 @@ class Stream:
         self._iterator.close()
 
 
-def stream(batches: Batches, *, epochs: int | None = None, prefetch: int = 2) -> Stream:
+def stream(batches: Epochs, *, epochs: int | None = None, prefetch: int = 2) -> Stream:
     """Return the batches of one epoch after another.
 
     Args:
@@ -81,6 +81,7 @@ def stream(batches: Batches, *, epochs: int | None = None, prefetch: int = 2) ->
 
     Example:
         >>> import numpy as np
+        >>> from jpeft.data.batches import Batches
         >>> from jpeft.data.classify import Examples
         >>> rows = [np.full(2, n, np.int32) for n in range(6)]
         >>> examples = Examples(rows, np.zeros(6, np.int32), None, np.zeros(6, bool), pad_id=0)

@@ -105,10 +105,10 @@ def _filter(table: Table, where: Mapping[str, Any]) -> Table:
     for name, value in where.items():
         column = table.column(name)
         allowed = value if isinstance(value, list | tuple | set | frozenset) else [value]
-        texts = {_text(one) for one in allowed}
-        rows = [i for i in kept if _text(column[i]) in texts]
+        texts = {as_text(one) for one in allowed}
+        rows = [i for i in kept if as_text(column[i]) in texts]
         if not rows:
-            known = sorted({text for i in kept if (text := _text(column[i])) is not None})
+            known = sorted({text for i in kept if (text := as_text(column[i])) is not None})
             wanted = " or ".join(repr(one) for one in allowed) or "nothing"
             raise EmptyDataError(f"{table.where} has no row with {name} {wanted}; "
                                  + nearest(str(next(iter(allowed), "")), (one[:60] for one in known)))
@@ -117,8 +117,13 @@ def _filter(table: Table, where: Mapping[str, Any]) -> Table:
     return Table({name: [column[i] for i in kept] for name, column in table.columns.items()}, f"{table.where} ({said})")
 
 
-def _text(value: Any) -> str | None:
-    """Return what two values share if they are equal to a filter: booleans as JSON spells them, None if missing."""
+def as_text(value: Any) -> str | None:
+    """Return a value as text: booleans as JSON spells them, whole floats as integers, None if missing.
+
+    Example:
+        >>> as_text(True), as_text(3.0), as_text(None)
+        ('true', '3', None)
+    """
     if value is None:
         return None
     if isinstance(value, bool):
@@ -126,7 +131,12 @@ def _text(value: Any) -> str | None:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _decode(path: Path) -> str:
+def decoded(path: Path) -> str:
+    """Return the text of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        DataFileError: it is not UTF-8.
+    """
     data = path.read_bytes()
     try:
         return data.decode("utf-8-sig")
@@ -139,7 +149,7 @@ def _decode(path: Path) -> str:
 def _csv(path: Path) -> Columns:
     limit = csv.field_size_limit(_FIELD_LIMIT)
     try:
-        reader = csv.reader(io.StringIO(_decode(path), newline=""), strict=True)
+        reader = csv.reader(io.StringIO(decoded(path), newline=""), strict=True)
         rows = _records(path, reader)
         _, header = next(rows, (1, []))
         if not header:
@@ -177,7 +187,7 @@ def _records(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
 def _jsonl(path: Path) -> Columns:
     rows: list[dict[str, Any]] = []
     # Not `splitlines`: JSON strings may hold line separators other than \n.
-    for number, line in enumerate(_decode(path).split("\n"), 1):
+    for number, line in enumerate(decoded(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -7,10 +7,11 @@ be in the file without being read. The code here serves every family and every f
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,8 @@ import numpy as np
 
 from jpeft.core.paths import flatten
 from jpeft.errors import CheckpointError, nearest
-from jpeft.interop.tensors import Info, Tensors, empty, listing
+from jpeft.interop.assemble import Box, assemble, box, parts
+from jpeft.interop.tensors import Info, Tensors, listing
 
 
 class Row(NamedTuple):
@@ -63,6 +65,20 @@ class Row(NamedTuple):
     def to_leaf(self, tensor: np.ndarray, shape: Sequence[int]) -> np.ndarray:
         """Arrange a stored tensor as one slice of a leaf of this shape."""
         return (tensor.T if self.layout in ("in", "out") else tensor).reshape(tuple(shape[self.stacked:]))
+
+    def over(self, shape: Sequence[int]) -> tuple[int, int] | None:
+        """Return the dim of a slice that stored rows run over, and the number of rows of each of its entries.
+
+        None: rows are not of one dim.
+        """
+        rest = tuple(shape[self.stacked:])
+        if not rest or (len(rest) == 1 and self.layout not in ("same", "flat")):
+            return None
+        if self.layout == "in":
+            return 1, math.prod(rest[2:])
+        if self.layout == "out":
+            return len(rest) - 1, 1
+        return 0, {"flat": math.prod(rest[1:]), "columns": math.prod(rest[1:-1])}.get(self.layout, 1)
 
     def to_stored(self, part: np.ndarray) -> np.ndarray:
         """Arrange one slice of a leaf as it is stored."""
@@ -171,8 +187,9 @@ def _any(patterns: Iterable[str], name: str) -> bool:
 
 
 def load(tensors: Tensors, matched: Match, shapes: Any, new: Callable[[str, tuple[int, ...]], Any], dtype: Any = None,
-         put: Callable[[str, np.ndarray], jax.Array] | None = None) -> Any:
-    """Read a checkpoint leaf by leaf: at most one leaf and one stored tensor exist beside what is already in place.
+         put: Callable[[str, np.ndarray], jax.Array] | None = None,
+         shardings: Mapping[str, jax.sharding.Sharding] | None = None) -> Any:
+    """Read a checkpoint leaf by leaf: some megabytes and at most one leaf exist beside what is already in place.
 
     Args:
         tensors: the checkpoint.
@@ -181,36 +198,41 @@ def load(tensors: Tensors, matched: Match, shapes: Any, new: Callable[[str, tupl
         new: makes a leaf that the checkpoint lacks, from its path and shape.
         dtype: dtype of all floating leaves; None: as stored.
         put: moves a leaf from the host to where it lives; called once for each, in order.
+        shardings: where each leaf lives, by path, instead of `put`: each device gets its own part, and of a leaf only
+            the parts of this process' devices are read.
 
     Returns:
         Params.
     """
     paths, leaves, treedef = flatten(shapes)
-    place = put or (lambda path, array: jnp.asarray(array))
+
+    def placed(path: str, shape: tuple[int, ...], target: Any,
+               make: Callable[[Sequence[Box]], list[np.ndarray]]) -> jax.Array:
+        if shardings is None:
+            whole = make([tuple((0, n) for n in shape)])[0]
+            return jax.block_until_ready(put(path, whole) if put else jax.device_put(whole))
+        wanted = {box(index, shape) for index in shardings[path].addressable_devices_indices_map(shape).values()}
+        boxes = sorted(wanted)
+        each = dict(zip(boxes, make(boxes), strict=True))
+        return jax.block_until_ready(jax.make_array_from_callback(
+            shape, shardings[path], lambda index: each[box(index, shape)], dtype=target))
+
     done: list[Any] = []
     dtypes = []
     for path, leaf in zip(paths, leaves, strict=True):
         if path in matched.missing:
             done.append(None)
             continue
-        row = matched.rows[path]
-        names = [(index, matched.files[name]) for index, name in row.names(leaf.shape)]
-        infos = {tensors.infos[name].dtype for _, name in names}
-        target = _target(infos, dtype)
+        row, shape = matched.rows[path], tuple(leaf.shape)
+        target = _target({tensors.infos[matched.files[name]].dtype for _, name in row.names(shape)}, dtype)
         dtypes.append(target)
-        if row.stacked:
-            array = empty(leaf.shape, target)
-            for index, name in names:
-                array[index] = row.to_leaf(tensors.read(name), leaf.shape)
-        else:
-            array = np.ascontiguousarray(row.to_leaf(tensors.read(names[0][1]), leaf.shape)).astype(target, copy=False)
-        done.append(jax.block_until_ready(place(path, array)))
-        del array
+        done.append(placed(path, shape, target, functools.partial(
+            assemble, tensors, row, matched.files, shape, target)))
     common = jnp.result_type(*dtypes) if dtypes else jnp.float32
     for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
         if done[i] is None:
             made = np.asarray(new(path, leaf.shape)).astype(dtype or common)
-            done[i] = jax.block_until_ready(place(path, made))
+            done[i] = placed(path, tuple(leaf.shape), made.dtype, functools.partial(parts, made))
     return jax.tree_util.tree_unflatten(treedef, done)
 
 

@@ -6,14 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
-
 from jpeft.errors import ModelConfigError
 from jpeft.interop import hflayers, hfrope
 from jpeft.interop.checkpoint import Names, Row
 from jpeft.interop.family import Family
 from jpeft.interop.hfconfig import ConfigTable
-from jpeft.interop.tensors import Tensors
+from jpeft.interop.tensors import Tensors, same
 from jpeft.models.decoder import Decoder
 from jpeft.models.decoder_config import TASKS, DecoderConfig
 from jpeft.models.rope import Rope
@@ -199,5 +197,5 @@ class DecoderFamily(Family):
             return config
         words = next(row.stored for row in self.body if row.leaf == "embed/embedding")
         table = next((prefix + words for prefix in (self.base, "") if prefix + words in tensors.infos), None)
-        same = table is None or np.array_equal(tensors.read(heads[0]), tensors.read(table))
-        return config if same else dataclasses.replace(config, tied=False)
+        tied = table is None or same(tensors, heads[0], table)
+        return config if tied else dataclasses.replace(config, tied=False)

@@ -1,16 +1,16 @@
-"""GGUF files: what the header says, and one tensor at a time, dequantised by the `gguf` package.
+"""GGUF files: what the header says, and tensors block by block, dequantised by the `gguf` package.
 
-`read_gguf` is the whole way: a configuration as Hugging Face writes it, tensors under their Hugging Face names, and the
-tokenizer. `Gguf` is the file as it is. What the names and keys mean is in `gguf_models`, the tokenizer in
-`gguf_tokens`.
+`gguf_models.read_gguf` is the whole way: a configuration as Hugging Face writes it, tensors under their Hugging Face
+names, and the tokenizer. `Gguf` is one file as it is, `Split` a model in several files.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +18,10 @@ import ml_dtypes
 import numpy as np
 
 from jpeft.errors import CheckpointError
-from jpeft.interop.tensors import Info, empty, listing
+from jpeft.interop.tensors import Info, empty, fill, listing, runs
 
 SUFFIX = ".gguf"
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _DIRECT: Mapping[str, Any] = {
@@ -138,18 +139,115 @@ class Gguf:
         Raises:
             CheckpointError: the file has become shorter.
         """
-        one = self.stored[name]
-        raw = empty((one.size,), np.dtype(np.uint8))
+        array = empty(self.infos[name].shape, self.infos[name].dtype)
+        if array.size:
+            for first, rows in self.blocks(name, 0, len(array)):
+                array[first:first + len(rows)] = rows
+        return array
+
+    def blocks(self, name: str, start: int, stop: int, step: int = 1, flat: int = 1
+               ) -> Iterator[tuple[int, np.ndarray]]:
+        """Read rows of one tensor; see `jpeft.interop.tensors.Tensors`. Rows may run over the first `flat` dims.
+
+        Raises:
+            CheckpointError: the file has become shorter.
+        """
+        one, dtype = self.stored[name], self.infos[name].dtype
+        shape = (math.prod(one.shape[:flat]), *one.shape[flat:])
+        whole = one.kind not in _DIRECT and len(shape) == 1
+        width, wide = one.size // shape[0], math.prod(shape[1:]) * dtype.itemsize
         with open(self.path, "rb") as file:
-            file.seek(one.offset)
-            got = file.readinto(raw.data) if one.size else 0
-        if got != one.size:
-            raise CheckpointError(f"{self.path} ends inside {name!r}; download it again")
-        if one.kind in _DIRECT:
-            return raw.view(_DIRECT[one.kind]).reshape(one.shape)
-        kind = self._package.GGMLQuantizationType[one.kind]
-        rows = raw.reshape(*one.shape[:-1], -1)
-        return np.asarray(self._package.quants.dequantize(rows, kind), np.float32).reshape(one.shape)
+            for first, last in [(0, shape[0])] if whole else runs(start, stop, step, wide):
+                raw = np.empty(one.size if whole else (last - first) * width, np.uint8)
+                fill(file, one.offset + first * width, raw, f"{self.path} ends inside {name!r}")
+                rows = self._decoded(raw, one.kind, (last - first, *shape[1:]))
+                yield (start, rows[start:stop]) if whole else (first, rows)
+
+    def _decoded(self, raw: np.ndarray, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+        if kind in _DIRECT:
+            return raw.view(_DIRECT[kind]).reshape(shape)
+        rows = raw.reshape(*shape[:-1], -1)
+        encoding = self._package.GGMLQuantizationType[kind]
+        return np.asarray(self._package.quants.dequantize(rows, encoding), np.float32).reshape(shape)
+
+
+class Split:
+    """The tensors of a model in several GGUF files, as if they were in one.
+
+    Args:
+        path: any of them, `NAME-00001-of-00003.gguf` or the like.
+
+    Attributes:
+        metadata: of the first file, which has the keys of the model.
+        infos: see `Gguf`.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or not the part that its name says.
+    """
+
+    def __init__(self, path: Path):
+        paths = siblings(path)
+        absent = [p.name for p in paths if not p.is_file()]
+        if absent:
+            raise CheckpointError(f"{path} is one of {len(paths)} parts; {listing(absent)} missing beside it")
+        parts = [Gguf(p) for p in paths]
+        self.where, self.metadata = parts[0].where, parts[0].metadata
+        self._home: dict[str, Gguf] = {}
+        for number, one in enumerate(parts):
+            said = tuple(one.metadata.get(f"split.{key}") for key in ("no", "count"))
+            if said != (number, len(parts)):
+                raise CheckpointError(f"{one.where} says that it is part {said[0]} of {said[1]} (counted from 0), its "
+                                      f"name that it is part {number} of {len(parts)}; download it again")
+            twice = sorted(set(self._home) & set(one.infos))
+            if twice:
+                raise CheckpointError(f"{one.where} holds tensors that another part has too: {listing(twice)}")
+            self._home.update(dict.fromkeys(one.infos, one))
+        total = self.metadata.get("split.tensors.count", len(self._home))
+        if total != len(self._home):
+            raise CheckpointError(f"{self.where} and its other parts hold {len(self._home)} tensors, must be {total}; "
+                                  "download them again")
+        self.infos: Mapping[str, Info] = {name: one.infos[name] for name, one in self._home.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """Read one tensor; see `Gguf.read`."""
+        return self._home[name].read(name)
+
+    def blocks(self, name: str, start: int, stop: int, step: int = 1, flat: int = 1
+               ) -> Iterator[tuple[int, np.ndarray]]:
+        """Read rows of one tensor; see `Gguf.blocks`."""
+        return self._home[name].blocks(name, start, stop, step, flat)
+
+
+File = Gguf | Split
+
+
+def siblings(path: Path) -> list[Path]:
+    """Return the paths of all parts of a split model; the path itself, if it is not named like a part.
+
+    Example:
+        >>> [p.name for p in siblings(Path("a-00002-of-00002.gguf"))]
+        ['a-00001-of-00002.gguf', 'a-00002-of-00002.gguf']
+    """
+    found = _PART.fullmatch(path.name)
+    if found is None or not 0 < int(found[2]) <= int(found[3]):
+        return [path]
+    return [path.with_name(f"{found[1]}-{i + 1:05d}-of-{found[3]}{SUFFIX}") for i in range(int(found[3]))]
+
+
+def opened(path: Path) -> File:
+    """Open a GGUF file, or all parts of a model that it is a part of.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or it is a part and its name does not say of what.
+    """
+    if len(siblings(path)) > 1:
+        return Split(path)
+    file = Gguf(path)
+    count = file.metadata.get("split.count", 1)
+    if count > 1:
+        raise CheckpointError(f"{path} is one of {count} parts; name it as gguf-split does, "
+                              f"NAME-00001-of-{count:05d}{SUFFIX}, so that the others are found")
+    return file
 
 
 class _Cursor:
@@ -196,26 +294,63 @@ class _Cursor:
         return [float(str(np.float32(x))) for x in found] if kind == _FLOAT32 else found
 
 
+class Source(NamedTuple):
+    """Where a renamed tensor comes from.
+
+    Attributes:
+        name: in the file.
+        change: what is done to the array; None: nothing.
+        expert: its number along the first axis of the tensor in the file, which holds all experts; None: the tensor
+            is that in the file.
+    """
+
+    name: str
+    change: Callable[[np.ndarray], np.ndarray] | None = None
+    expert: int | None = None
+
+
 class Renamed:
     """Tensors of a GGUF file under other names, rows put in order where the file has them in another.
 
     Args:
         file: the file.
-        names: new name -> name in the file, and what is done to the array; None: nothing.
+        names: where each tensor comes from, by its new name.
     """
 
-    def __init__(self, file: Gguf, names: Mapping[str, tuple[str, Callable[[np.ndarray], np.ndarray] | None]]):
+    def __init__(self, file: File, names: Mapping[str, Source]):
         self.where, self._file, self._names = file.where, file, names
-        self.infos: Mapping[str, Info] = {new: file.infos[old] for new, (old, _) in names.items()}
+        self.infos: Mapping[str, Info] = {
+            new: file.infos[old.name] if old.expert is None else
+            Info(file.infos[old.name].dtype, file.infos[old.name].shape[1:]) for new, old in names.items()}
 
     def read(self, name: str) -> np.ndarray:
-        old, change = self._names[name]
+        """Read one tensor."""
+        old, change, expert = self._names[name]
+        if expert is not None:
+            array = empty(self.infos[name].shape, self.infos[name].dtype)
+            for first, rows in self.blocks(name, 0, len(array)):
+                array[first:first + len(rows)] = rows
+            return array
         array = self._file.read(old)
         return array if change is None else change(array)
+
+    def blocks(self, name: str, start: int, stop: int, step: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+        """Read rows of one tensor; see `jpeft.interop.tensors.Tensors`."""
+        old, change, expert = self._names[name]
+        if expert is not None:
+            begin = expert * self.infos[name].shape[0]
+            for first, rows in self._file.blocks(old, begin + start, begin + stop, step, flat=2):
+                yield first - begin, rows
+        elif change is None:
+            yield from self._file.blocks(old, start, stop, step)
+        else:
+            yield start, self.read(name)[start:stop]
 
 
 def find(path: Path) -> Path | None:
     """Return the GGUF file that a path means: itself, or the only one in a folder; None if there is none.
+
+    Files that are the parts of one model count as one: the first of them.
 
     Raises:
         CheckpointError: the folder holds several.
@@ -227,7 +362,7 @@ def find(path: Path) -> Path | None:
     if path.is_file():
         return path if path.suffix == SUFFIX else None
     inside = sorted(path.glob(f"*{SUFFIX}")) or sorted(path.glob(f"*/*{SUFFIX}"))
-    if len(inside) > 1:
+    if inside and set(inside) - set(siblings(inside[0])):
         names = listing(p.relative_to(path).as_posix() for p in inside)
         raise CheckpointError(f"{path} holds {len(inside)} GGUF files; name one of them: {names}")
     return inside[0] if inside else None

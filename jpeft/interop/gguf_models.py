@@ -1,17 +1,17 @@
-"""What the keys and tensors of a GGUF file mean in Hugging Face's terms: llama, qwen2, qwen3, gemma, gemma2, gemma3."""
+"""What the keys and tensors of a GGUF file mean in Hugging Face's terms: llama, qwen, gemma and their kin."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jpeft.errors import CheckpointError, ModelConfigError, nearest
-from jpeft.interop.gguf import Gguf, Renamed
+from jpeft.interop.gguf import File, Renamed, Source, opened
 from jpeft.interop.gguf_tokens import tokenizer_of
 from jpeft.interop.tensors import Tensors
 from jpeft.interop.tokenizer import Tokenizer
@@ -24,6 +24,8 @@ _KEYS = {
     "attention.head_count": "num_attention_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
+# The keys of a mixture of experts, in the files that are one.
+_COUNT, _CHOSEN, _INNER = "expert_count", "expert_used_count", "expert_feed_forward_length"
 _OPTIONAL = {
     "attention.head_count_kv": "num_key_value_heads",
     "rope.freq_base": "rope_theta",
@@ -58,6 +60,13 @@ _SANDWICH = {
 }
 
 
+# Where the experts are: the MLP, then gate, up and down of one of them.
+_EXPERTS = {
+    "mixtral": ("model.layers.{}.block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"}),
+    "qwen3_moe": ("model.layers.{}.mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Architecture:
     """One `general.architecture`.
@@ -87,12 +96,19 @@ _GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "rope_theta": 10000.0, "atte
 _WINDOW = {"attention.sliding_window": "sliding_window"}
 _CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("llama", "LlamaForCausalLM", keys=_WINDOW, interleaved=True,
+    "llama": Architecture("llama", "LlamaForCausalLM", interleaved=True,
+                          keys={**_WINDOW, _COUNT: "num_local_experts", _CHOSEN: "num_experts_per_tok"},
                           fixed={"hidden_act": "silu", "rope_theta": 10000.0}),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", head_size=False,
                           fixed={"hidden_act": "silu", "rope_theta": 10000.0, "use_sliding_window": False}),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM",
                           fixed={"hidden_act": "silu", "rope_theta": 10000.0, "use_sliding_window": False}),
+    # llama.cpp always makes the probabilities of the chosen experts sum to 1 here.
+    "qwen3moe": Architecture("qwen3_moe", "Qwen3MoeForCausalLM",
+                             keys={_COUNT: "num_experts", _CHOSEN: "num_experts_per_tok",
+                                   _INNER: "moe_intermediate_size"},
+                             fixed={"hidden_act": "silu", "rope_theta": 10000.0, "use_sliding_window": False,
+                                    "norm_topk_prob": True}),
     "gemma": Architecture("gemma", "GemmaForCausalLM", fixed=_GEMMA, offset=1.0),
     "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", _SANDWICH, {**_WINDOW, **_CAPS}, offset=1.0,
                            fixed={**_GEMMA, "sliding_window": 4096, "attn_logit_softcapping": 50.0,
@@ -125,18 +141,16 @@ def read_gguf(path: Path) -> Model:
     """Read what a GGUF file says of a causal language model; its tensors are read later, one by one.
 
     Args:
-        path: the file.
+        path: the file, or one of the parts of a model; the others lie beside it.
 
     Raises:
         CheckpointError: the file or its tokenizer is damaged, or encoded in a way that is not implemented.
         ModelConfigError: the architecture, or a key of it, is not implemented.
     """
-    file = Gguf(path)
+    file = opened(path)
     kind = str(file.metadata.get("general.architecture"))
     if kind not in ARCHITECTURES:
         raise ModelConfigError(f"{path}: architecture {kind!r} is not implemented, only {', '.join(ARCHITECTURES)}")
-    if file.metadata.get("split.count", 1) > 1:
-        raise CheckpointError(f"{path} is one of {file.metadata['split.count']} parts; join them with gguf-split first")
     config = _config(file, kind, ARCHITECTURES[kind])
     tokenizer = tokenizer_of(file, config["vocab_size"], config["max_position_embeddings"])
     for role, number in (tokenizer.special if tokenizer else {}).items():
@@ -145,10 +159,13 @@ def read_gguf(path: Path) -> Model:
     return Model(config, Renamed(file, _names(file, config, ARCHITECTURES[kind])), tokenizer)
 
 
-def _config(file: Gguf, kind: str, arch: Architecture) -> dict[str, Any]:
+def _config(file: File, kind: str, arch: Architecture) -> dict[str, Any]:
     said = {key.removeprefix(f"{kind}."): value for key, value in file.metadata.items() if key.startswith(f"{kind}.")}
     known = {**_KEYS, **_OPTIONAL, **arch.keys}
-    lines = [f"{kind}.{key} is missing" for key in _KEYS if key not in said]
+    needed = {*_KEYS, *((_COUNT, _CHOSEN) if said.get(_COUNT) else ())}
+    if _INNER in arch.keys:
+        needed = (needed | {_COUNT, _CHOSEN, _INNER}) - {"feed_forward_length"}
+    lines = [f"{kind}.{key} is missing" for key in [*known] if key in needed and key not in said]
     lines += [f"{kind}.{key} = {str(value)[:60]} is not implemented ({nearest(key, [*known, *_SEEN], 1)})"
               for key, value in said.items() if key not in known and key not in _SEEN and value not in (0, False)]
     lines += [f"{kind}.{key} = {str(value)[:60]} must be one number" for key, value in said.items()
@@ -164,7 +181,7 @@ def _config(file: Gguf, kind: str, arch: Architecture) -> dict[str, Any]:
     config["vocab_size"] = table.shape[0]
     config["tie_word_embeddings"] = "output.weight" not in file.infos
     _heads(file, said, config, arch)
-    if kind in ("llama", "qwen3"):
+    if kind in ("llama", "qwen3", "qwen3moe"):
         config["attention_bias"] = "blk.0.attn_q.bias" in file.infos
     if kind == "llama":
         _llama(file, config)
@@ -176,7 +193,7 @@ def _config(file: Gguf, kind: str, arch: Architecture) -> dict[str, Any]:
     return config
 
 
-def _heads(file: Gguf, said: Mapping[str, Any], config: dict[str, Any], arch: Architecture) -> None:
+def _heads(file: File, said: Mapping[str, Any], config: dict[str, Any], arch: Architecture) -> None:
     default = config["hidden_size"] // config["num_attention_heads"]
     size = said.get("attention.key_length", said.get("rope.dimension_count", default))
     for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
@@ -189,9 +206,16 @@ def _heads(file: Gguf, said: Mapping[str, Any], config: dict[str, Any], arch: Ar
                                f"only {default}")
 
 
-def _llama(file: Gguf, config: dict[str, Any]) -> None:
-    """Mistral is stored as llama; only its window tells it."""
-    if config.get("sliding_window"):
+def _llama(file: File, config: dict[str, Any]) -> None:
+    """Mistral and Mixtral are stored as llama; only the window and the experts tell them."""
+    if not config.get("num_local_experts"):
+        for key in ("num_local_experts", "num_experts_per_tok"):
+            config.pop(key, None)
+    if "num_local_experts" in config:
+        config.update(architectures=["MixtralForCausalLM"], model_type="mixtral")
+        config.setdefault("sliding_window", None)
+        del config["attention_bias"]
+    elif config.get("sliding_window"):
         config.update(architectures=["MistralForCausalLM"], model_type="mistral")
         del config["attention_bias"]
     else:
@@ -207,7 +231,7 @@ def _gemma(kind: str, config: dict[str, Any]) -> None:
         config["hidden_size"] // config["num_attention_heads"] if by_width else config["head_dim"]
 
 
-def _scaling(file: Gguf, said: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any] | None:
+def _scaling(file: File, said: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any] | None:
     kind = said.get("rope.scaling.type", "none")
     if "rope_freqs.weight" in file.infos:
         return _llama3(file, config)
@@ -222,7 +246,7 @@ def _scaling(file: Gguf, said: Mapping[str, Any], config: Mapping[str, Any]) -> 
     return scaling
 
 
-def _llama3(file: Gguf, config: Mapping[str, Any]) -> dict[str, Any]:
+def _llama3(file: File, config: Mapping[str, Any]) -> dict[str, Any]:
     """Find the llama3 scaling that has the stored divisors of the rotary frequencies."""
     stored = file.read("rope_freqs.weight").astype(np.float64)
     size, theta = config["head_dim"], config["rope_theta"]
@@ -238,10 +262,8 @@ def _llama3(file: Gguf, config: Mapping[str, Any]) -> dict[str, Any]:
                            "safetensors of this model")
 
 
-def _names(
-    file: Gguf, config: Mapping[str, Any], arch: Architecture
-) -> dict[str, tuple[str, Callable[[np.ndarray], np.ndarray] | None]]:
-    """Return the Hugging Face name of every tensor; a strange one keeps its name and is reported by `match`."""
+def _names(file: File, config: Mapping[str, Any], arch: Architecture) -> dict[str, Source]:
+    """Return the sources by Hugging Face name; a strange tensor keeps its name and is reported by `match`."""
     names = {}
     for old in file.infos:
         if old == "rope_freqs.weight":
@@ -249,6 +271,10 @@ def _names(
         found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", old)
         stem = f"blk.{{}}.{found[2]}" if found else old
         new = arch.names.get(stem, old)
+        experts = dict(_experts(file, old, config))
+        if experts:
+            names.update(experts)
+            continue
         if found and stem in arch.names:
             new = f"{new.format(found[1])}.{found[3]}"
         change: Callable[[np.ndarray], np.ndarray] | None = None
@@ -256,8 +282,24 @@ def _names(
             change = _Unpermute(config["num_attention_heads" if found[2] == "attn_q" else "num_key_value_heads"])
         elif arch.offset and new.endswith("norm.weight"):
             change = _Minus(arch.offset)
-        names[new] = (old, change)
+        names[new] = Source(old, change)
     return names
+
+
+def _experts(file: File, old: str, config: Mapping[str, Any]) -> Iterator[tuple[str, Source]]:
+    """Yield what a tensor of a mixture of experts is: the router, all experts, or (in older files) one of them."""
+    at, matrices = _EXPERTS.get(config["model_type"], ("", {}))
+    found = re.fullmatch(r"blk\.(\d+)\.ffn_(\w+?)(_inp|_exps|\.\d+)\.weight", old)
+    if not at or found is None:
+        return
+    layer, which, kind = found.groups()
+    if (which, kind) == ("gate", "_inp"):
+        yield f"{at.format(layer)}.gate.weight", Source(old)
+    elif which in matrices and kind == "_exps" and len(file.infos[old].shape) == 3:
+        for expert in range(file.infos[old].shape[0]):
+            yield f"{at.format(layer)}.experts.{expert}.{matrices[which]}.weight", Source(old, None, expert)
+    elif which in matrices and kind.startswith("."):
+        yield f"{at.format(layer)}.experts{kind}.{matrices[which]}.weight", Source(old)
 
 
 @dataclasses.dataclass(frozen=True)

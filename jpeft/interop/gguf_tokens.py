@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jpeft.errors import CheckpointError
-from jpeft.interop.gguf import Gguf
+from jpeft.interop.gguf import File
 from jpeft.interop.tokenizer import MAIN, Tokenizer
 
 _ROLES = {"bos": "bos_token", "eos": "eos_token", "eot": "eot_token", "eom": "eom_token", "unknown": "unk_token",
@@ -51,7 +51,7 @@ WORDS: Mapping[str, Words] = {
 }
 
 
-def tokenizer_of(file: Gguf, rows: int, max_length: int) -> Tokenizer | None:
+def tokenizer_of(file: File, rows: int, max_length: int) -> Tokenizer | None:
     """Rebuild the tokenizer of a file; None if it has none.
 
     Args:

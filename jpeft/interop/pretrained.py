@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft.core import files
-from jpeft.errors import CheckpointError, ModelConfigError, nearest
+from jpeft.errors import CheckpointError, ModelConfigError, ShardingError, nearest
 from jpeft.interop import gguf
 from jpeft.interop import tokenizer as tokenizers
 from jpeft.interop.checkpoint import Names, load, match, unload
@@ -32,6 +32,7 @@ from jpeft.interop.tensors import INDEX, SINGLE, Safetensors, Tensors, read_json
 from jpeft.interop.tokenizer import Tokenizer
 from jpeft.models.encoder import EncoderConfig
 from jpeft.models.model import Model, Params
+from jpeft.models.sharding import Placements, placements
 
 CONFIG = "config.json"
 FAMILIES: Mapping[str, Family] = {**ENCODERS, **DECODERS, **T5S}
@@ -41,7 +42,8 @@ Put = Callable[[str, np.ndarray], jax.Array]
 def from_pretrained(
     source: str | os.PathLike[str], task: str | None = None, num_labels: int | None = None, dtype: Any = None, *,
     compute_dtype: Any = None, remat: str = "none", dropout: float | None = None, sha256: str | None = None,
-    fresh_head: bool = False, seed: int = 0, put: Put | None = None,
+    fresh_head: bool = False, seed: int = 0, put: Put | None = None, mesh: jax.sharding.Mesh | None = None,
+    shardings: Mapping[str, jax.sharding.PartitionSpec] | None = None,
 ) -> tuple[Any, Params, Tokenizer | None]:
     """Read a model, its params and its tokenizer from a Hugging Face checkpoint folder (safetensors), or a GGUF file.
 
@@ -60,16 +62,21 @@ def from_pretrained(
         fresh_head: start with a new head even if the checkpoint has one.
         seed: of a new head.
         put: moves each leaf to where it shall live, `(path, numpy array) -> jax.Array`, as it is read.
+        mesh: divides the params over its axes "fsdp", "tensor" and "expert", as `jpeft.models.sharding` says for each
+            kind of leaf. Each device gets its own part and no other.
+        shardings: with a mesh: path pattern (a regular expression for the whole path) -> `PartitionSpec`; the first
+            that matches a leaf is taken instead.
 
     Returns:
         `(model, params, tokenizer)`: `model.apply(params, tokens, attention_mask=None, ...)` is pure and returns a
-        `jpeft.models.output.Output`; `model.notes` says what was not in the checkpoint or not read. The tokenizer is
-        None if the folder has no `tokenizer.json`.
+        `jpeft.models.output.Output`; `model.notes` says what was not in the checkpoint, not read, or not divided. The
+        tokenizer is None if the folder has no `tokenizer.json`.
 
     Raises:
         SourceError: the source cannot be had.
         CheckpointError: files are missing or damaged, or tensors are not those of the model.
         ModelConfigError: the configuration asks for what is not implemented, or the task does not fit.
+        ShardingError: the mesh or the shardings do not fit the model, or each other.
 
     Example:
         >>> import tempfile, jax, jpeft
@@ -84,6 +91,9 @@ def from_pretrained(
         >>> model.notes[0]
         'new, with seed 0: classifier, pooler'
     """
+    if (shardings and mesh is None) or (put is not None and mesh is not None):
+        raise ShardingError("shardings say where leaves lie on a mesh; pass mesh too" if mesh is None else
+                            "mesh and put both say where leaves live; pass one of them")
     raw, tensors, read_tokenizer, where = _opened(resolve(source, sha256))
     family = _family(raw, where)
     if task is not None and task not in family.tasks:
@@ -110,10 +120,12 @@ def from_pretrained(
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
         return config.initializer_range * jax.random.normal(key, shape)
 
-    params = load(tensors, matched, shapes, new, None if dtype is None else jnp.dtype(dtype), put)
+    placed = Placements({}, ()) if mesh is None else placements(shapes, mesh, shardings)
+    params = load(tensors, matched, shapes, new, None if dtype is None else jnp.dtype(dtype), put,
+                  None if mesh is None else placed.shardings)
     tokenizer = read_tokenizer(config)
     tops = sorted({path.split("/")[0] for path in matched.missing})
-    notes = ((f"new, with seed {seed}: {', '.join(tops)}",) if tops else ()) + matched.notes
+    notes = ((f"new, with seed {seed}: {', '.join(tops)}",) if tops else ()) + matched.notes + placed.notes
     if tokenizer is None:
         notes = (*notes, f"no tokenizer: {tensors.where} has no {tokenizers.MAIN}")
     return dataclasses.replace(model, notes=notes), params, tokenizer

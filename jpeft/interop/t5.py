@@ -6,13 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
-
 from jpeft.errors import ModelConfigError
 from jpeft.interop.checkpoint import Names, Row
 from jpeft.interop.family import Family
 from jpeft.interop.hfconfig import ConfigTable, Key
-from jpeft.interop.tensors import Tensors
+from jpeft.interop.tensors import Tensors, same
 from jpeft.models.t5 import T5
 from jpeft.models.t5_config import TASKS, T5Config
 
@@ -128,7 +126,7 @@ class T5Family(Family):
         """Tie the head unless the checkpoint stores another one, as transformers does."""
         if config.task != "seq2seq" or _HEAD not in tensors.infos or _WORDS not in tensors.infos:
             return config
-        return dataclasses.replace(config, tied=np.array_equal(tensors.read(_HEAD), tensors.read(_WORDS)))
+        return dataclasses.replace(config, tied=same(tensors, _HEAD, _WORDS))
 
 
 def _scaled(raw: Mapping[str, Any]) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +17,7 @@ from jpeft.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _HEADER_LIMIT = 100_000_000
+_BLOCK = 8 << 20
 _DTYPES: Mapping[str, Any] = {
     "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "U32": np.uint32,
     "I32": np.int32, "U64": np.uint64, "I64": np.int64, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -33,12 +34,18 @@ class Info(NamedTuple):
 
 
 class Tensors(Protocol):
-    """Stored tensors by name, read one at a time: what `jpeft.interop.checkpoint.load` asks of a file format."""
+    """Stored tensors by name, read one at a time: what `jpeft.interop.checkpoint.load` asks of a file format.
+
+    `blocks` yields the rows `start` to `stop` of the first axis in order, some megabytes at a time: the number of the
+    first row, and as many rows as divide by `step` (counted from `start`).
+    """
 
     where: str
     infos: Mapping[str, Info]
 
     def read(self, name: str) -> np.ndarray: ...
+
+    def blocks(self, name: str, start: int, stop: int, step: int = 1) -> Iterator[tuple[int, np.ndarray]]: ...
 
 
 class _Place(NamedTuple):
@@ -105,11 +112,57 @@ class Safetensors:
         place = self._places[name]
         array = empty(place.info.shape, place.info.dtype)
         with open(place.path, "rb") as file:
-            file.seek(place.offset)
-            got = file.readinto(array.reshape(-1).view(np.uint8).data) if array.nbytes else 0
-        if got != array.nbytes:
-            raise CheckpointError(f"{place.path} ends inside {name!r}; download it again")
+            fill(file, place.offset, array, f"{place.path} ends inside {name!r}")
         return array
+
+    def blocks(self, name: str, start: int, stop: int, step: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+        """Read rows of one tensor; see `Tensors`.
+
+        Raises:
+            CheckpointError: the file has become shorter.
+        """
+        place = self._places[name]
+        dtype, shape = place.info
+        width = math.prod(shape[1:]) * dtype.itemsize
+        with open(place.path, "rb") as file:
+            for first, last in runs(start, stop, step, width):
+                rows = np.empty((last - first, *shape[1:]), dtype)
+                fill(file, place.offset + first * width, rows, f"{place.path} ends inside {name!r}")
+                yield first, rows
+
+
+def runs(start: int, stop: int, step: int, width: int) -> Iterator[tuple[int, int]]:
+    """Divide rows of `width` bytes into runs of a few megabytes, each a multiple of `step` rows.
+
+    Example:
+        >>> list(runs(0, 7, 2, 3 << 20))
+        [(0, 2), (2, 4), (4, 6), (6, 7)]
+    """
+    size = max(_BLOCK // max(width * step, 1), 1) * step
+    for first in range(start, stop, size):
+        yield first, min(first + size, stop)
+
+
+def fill(file: BinaryIO, offset: int, array: np.ndarray, fault: str) -> None:
+    """Read the bytes of an array from a place in a file.
+
+    Raises:
+        CheckpointError: there are not so many; the message begins with `fault`.
+    """
+    file.seek(offset)
+    got = file.readinto(array.reshape(-1).view(np.uint8).data) if array.nbytes else 0  # type: ignore[attr-defined]
+    if got != array.nbytes:
+        raise CheckpointError(f"{fault}; download it again")
+
+
+def same(tensors: Tensors, one: str, other: str) -> bool:
+    """Tell whether two stored tensors are equal, without holding them."""
+    infos = tensors.infos[one], tensors.infos[other]
+    if infos[0].shape != infos[1].shape or not infos[0].shape or infos[0].dtype != infos[1].dtype:
+        return np.array_equal(tensors.read(one), tensors.read(other))
+    rows = infos[0].shape[0]
+    return all(np.array_equal(a, b) for (_, a), (_, b) in zip(
+        tensors.blocks(one, 0, rows), tensors.blocks(other, 0, rows), strict=True))
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

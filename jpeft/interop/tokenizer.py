@@ -116,8 +116,8 @@ class Tokenizer:
         return out
 
     def decode(self, tokens: Any, special: bool = False) -> list[str]:
-        """Turn ids `[B, T]` into texts; `special` keeps special tokens."""
-        rows = [[int(i) for i in row] for row in np.asarray(tokens)]
+        """Turn ids `[B, T]`, or rows of any lengths, into texts; `special` keeps special tokens."""
+        rows = [[int(i) for i in row] for row in tokens]
         return list(self.raw.decode_batch(rows, skip_special_tokens=not special))
 
     def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, *,

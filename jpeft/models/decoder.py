@@ -147,7 +147,7 @@ class Decoder(Model):
     def module(self, train: bool = False) -> DecoderModule:
         return DecoderModule(self.config, self.dtype, train, self.remat)
 
-    def empty_cache(self, batch: int, capacity: int, dtype: Any = None) -> Cache:
+    def empty_cache(self, batch: int, capacity: int, dtype: Any = None, whole: bool = False) -> Cache:
         """Return a cache for `apply`: `capacity` tokens for each of `batch` rows.
 
         A model all of whose layers have a window keeps the window alone, and takes any number of tokens.
@@ -156,10 +156,11 @@ class Decoder(Model):
             batch: B.
             capacity: tokens that fit.
             dtype: of keys and values; None: that of compute, or float32 where that follows the params.
+            whole: keep all tokens, even those that no layer's window reaches any more.
         """
         c = self.config
         return caches.empty(c.layers, batch, capacity, c.kv_heads, c.head_size, dtype or self.dtype or jnp.float32,
-                            c.ring)
+                            None if whole else c.ring)
 
     def apply(self, params: Any, tokens: jax.Array, attention_mask: jax.Array | None = None,
               positions: jax.Array | None = None, segment_ids: jax.Array | None = None, cache: Cache | None = None,

@@ -1,12 +1,12 @@
 """Texts from a language model of the zoo: batched, streamed, one compiled step for every token.
 
-A prompt but its last token fills the cache, in a program compiled once per bucket of lengths. One step, compiled once
-per bucket of capacities, reads a token and chooses the next; the prompt's last token is the first that it reads.
+Prompts fill the cache, in a program compiled once per bucket of lengths. One step, compiled once per bucket of
+capacities, reads a token and chooses the next; how a model does the two is in `readers`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -14,19 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft.errors import ModelInputError
+from jpeft.serve.readers import Prompt, reader
 from jpeft.serve.sampling import Sampling, Values, next_token
 from jpeft.serve.text import Growing
 
 Apply = Callable[..., Any]
 OnText = Callable[[int, str], None]
-_SMALLEST = 16
 
 
 class Writer(Protocol):
     """What generation asks of a tokenizer; `jpeft.interop.tokenizer.Tokenizer` is one."""
 
-    pad_id: int
-    special: dict[str, int]
+    @property
+    def pad_id(self) -> int: ...
+
+    @property
+    def special(self) -> Mapping[str, int]: ...
 
     def encode(self, texts: Sequence[str], *, special: bool) -> list[Any]: ...
 
@@ -55,11 +58,15 @@ class Generator:
     """Generates from a model, plain, merged or adapted. Keep one: it holds the compiled programs.
 
     Args:
-        model: a causal language model with `empty_cache(batch, capacity)`, such as `jpeft.models.decoder.Decoder`.
+        model: a model of the zoo with the task "causal-lm" or "seq2seq": `jpeft.models.decoder.Decoder`, or
+            `jpeft.models.t5.T5`, which encodes the prompts and writes answers.
         tokenizer: for prompts and answers in text; None: ids in, ids out.
-        apply: None: `model.apply`. `jpeft.adapt(model.apply, plan)` for an adapted model; then weights are
-            `(trainable, frozen)`.
+        apply: None: `model.apply`. `jpeft.adapt(model.apply, plan)` for an adapted model, virtual tokens included;
+            then weights are `(trainable, frozen)`.
         cache_dtype: of keys and values; None: that of the model.
+
+    Raises:
+        ModelInputError: the model writes no text.
 
     Attributes:
         traces: how often the programs "prefill" and "decode" were traced.
@@ -78,8 +85,7 @@ class Generator:
                  cache_dtype: Any = None):
         self.model, self.tokenizer = model, tokenizer
         self.traces = {"prefill": 0, "decode": 0}
-        self._apply: Apply = model.apply if apply is None else apply
-        self._dtype = cache_dtype
+        self._reader = reader(model, model.apply if apply is None else apply, cache_dtype)
         self._prefill = jax.jit(self._fill, static_argnames=("capacity",))
         self._decode = jax.jit(self._step, donate_argnames=("cache", "seen"))
 
@@ -108,14 +114,12 @@ class Generator:
         values: Values = dict((sampling or Sampling()).values())
         leading = weights if type(weights) is tuple else (weights,)
         run = _Run(rows, ends, self._growing(len(rows), stop), on_text or (lambda row, part: None))
-        width = max(len(row) for row in rows) - 1
-        cache, seen = self._start(leading, rows, _bucket(width) if width else 0, max_new_tokens, values)
-        token, position = np.array([[row[-1]] for row in rows], np.int32), np.array([len(row) - 1 for row in rows])
-        key = jax.random.key(seed)
+        prompt = self._reader.prompt(rows, max_new_tokens, self._pad())
+        cache, seen = self._start(leading, rows, prompt), self._seen(rows, values)
+        token, key = prompt.first, jax.random.key(seed)
         for number in range(max_new_tokens):
-            chosen, cache, seen = self._decode(leading, token, (position + number)[:, None].astype(np.int32),
-                                               cache=cache, seen=seen, values=values,
-                                               key=jax.random.fold_in(key, number))
+            chosen, cache, seen = self._decode(leading, token, (prompt.positions + number)[:, None], cache=cache,
+                                               seen=seen, values=values, key=jax.random.fold_in(key, number))
             if run.take(np.asarray(chosen)):
                 break
             token = run.fed(self._pad())
@@ -138,42 +142,35 @@ class Generator:
         text = self.tokenizer.chat(messages, True, default_system=default_system)
         return self(weights, [text], special=False, **options)[0]
 
-    def _fill(self, weights: tuple[Any, ...], tokens: jax.Array, mask: jax.Array, *, capacity: int) -> Any:
+    def _fill(self, weights: tuple[Any, ...], tokens: jax.Array, mask: jax.Array, back: Any, *, capacity: int) -> Any:
         self.traces["prefill"] += 1
-        cache = self.model.empty_cache(tokens.shape[0], capacity, self._dtype)
-        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-        return self._apply(*weights, tokens, attention_mask=mask, positions=positions, cache=cache).cache
+        return self._reader.fill(weights, tokens, mask, back, capacity)
 
     def _step(self, weights: tuple[Any, ...], token: jax.Array, position: jax.Array, *, cache: Any,
               seen: jax.Array | None, values: Values, key: jax.Array) -> tuple[jax.Array, Any, jax.Array | None]:
         self.traces["decode"] += 1
-        out = self._apply(*weights, token, attention_mask=jnp.ones_like(token), positions=position, cache=cache)
+        out = self._reader.step(weights, token, position, cache)
         chosen = next_token(out.logits[:, -1], values, key, seen)
         if seen is not None:
             seen = seen.at[jnp.arange(len(chosen)), chosen].set(True)
         return chosen, out.cache, seen
 
-    def _start(self, weights: tuple[Any, ...], rows: list[list[int]], width: int, new: int,
-               values: Values) -> tuple[Any, jax.Array | None]:
-        """Fill a cache with the prompts, their last tokens left out, and mark which tokens there are."""
-        capacity, seen = _bucket(width + new), None
-        if "repetition_penalty" in values:
-            marks = np.zeros((len(rows), self.model.config.vocab_size), bool)
-            for mark, row in zip(marks, rows, strict=True):
-                mark[row] = True
-            seen = jnp.asarray(marks)
-        if not width:
-            return self.model.empty_cache(len(rows), capacity, self._dtype), seen
-        ids, mask = np.full((len(rows), width), self._pad(), np.int32), np.zeros((len(rows), width), np.int32)
-        for i, row in enumerate(rows):
-            if len(row) > 1:
-                ids[i, -(len(row) - 1):], mask[i, -(len(row) - 1):] = row[:-1], 1
-        cache = self._prefill(weights, ids, mask, capacity=capacity)
-        if int(cache.length) != width:
-            raise ModelInputError(f"apply put {int(cache.length)} tokens for {width} into the cache: it has virtual "
-                                  "tokens, which would be added again at every step; merge them, or use a method "
-                                  "without")
-        return cache, seen
+    def _start(self, weights: tuple[Any, ...], rows: list[list[int]], prompt: Prompt) -> Any:
+        """Return a cache that holds the prompts."""
+        if prompt.ids is None:
+            return self._reader.empty(len(rows), prompt.capacity)
+        cache = self._prefill(weights, prompt.ids, prompt.mask, prompt.back, capacity=prompt.capacity)
+        self._reader.filled(cache, prompt)
+        return cache
+
+    def _seen(self, rows: list[list[int]], values: Values) -> jax.Array | None:
+        """Mark which tokens a repetition penalty acts on from the start."""
+        if "repetition_penalty" not in values:
+            return None
+        marks = np.zeros((len(rows), self.model.config.vocab_size), bool)
+        for mark, row in zip(marks, self._reader.read(rows), strict=True):
+            mark[list(row)] = True
+        return jnp.asarray(marks)
 
     def _ids(self, prompts: Sequence[str] | Sequence[Sequence[int]], special: bool) -> list[list[int]]:
         if isinstance(prompts, str) or not len(prompts):
@@ -200,9 +197,7 @@ class Generator:
             if not 0 <= min(row) <= max(row) < c.vocab_size:
                 raise ModelInputError(f"prompt {i} has the id {min(row) if min(row) < 0 else max(row)}, the model "
                                       f"knows 0 to {c.vocab_size - 1}; is the tokenizer another model's?")
-            if len(row) + new - 1 > c.positions:
-                raise ModelInputError(f"prompt {i} has {len(row)} tokens, with max_new_tokens={new} more than the "
-                                      f"{c.positions} positions of the model; shorten one of them")
+            self._reader.check(i, row, new)
 
     def _ends(self) -> frozenset[int]:
         special = {} if self.tokenizer is None else self.tokenizer.special
@@ -263,16 +258,3 @@ class _Run:
         texts = [""] * len(self._tokens) if self._texts is None else [one.text for one in self._texts]
         return [Generation(text, tokens, str(reason), prompt) for text, tokens, reason, prompt in
                 zip(texts, self._tokens, self._reasons, self._prompts, strict=True)]
-
-
-def _bucket(length: int) -> int:
-    """Return the smallest bucket that holds `length`: 16, 24, 32, 48, 64, 96, ...: at most half of one is waste.
-
-    Example:
-        >>> [_bucket(n) for n in (1, 17, 25, 33, 100)]
-        [16, 24, 32, 48, 128]
-    """
-    size = _SMALLEST
-    while size < length:
-        size += size // 2 if size & (size - 1) == 0 else size // 3
-    return size

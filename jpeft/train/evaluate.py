@@ -1,15 +1,16 @@
-"""Loss and accuracy over a whole set."""
+"""Loss and accuracy, or perplexity, over a whole set."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 
 from jpeft.errors import BatchesError
-from jpeft.train.losses import Apply, Batch, logits_of, sums
+from jpeft.train.losses import Apply, Batch, logits_of, mean_and_count, sums
 
 
 def evaluate(apply_logits: Apply, trainable: Any, frozen: Any, batches: Iterable[Batch]) -> dict[str, float]:
@@ -39,30 +40,76 @@ def evaluate(apply_logits: Apply, trainable: Any, frozen: Any, batches: Iterable
         >>> evaluate(apply, {"table": 20 * jnp.eye(2)}, None, [batch])
         {'loss': 10.0, 'accuracy': 0.5, 'count': 2.0}
     """
-    score = _compiled(apply_logits)
-    totals = {"loss": 0.0, "correct": 0.0, "count": 0.0}
-    waiting: list[Any] = []
-
-    def take(scores: Any) -> None:
-        for name, value in jax.device_get(scores).items():
-            totals[name] += float(value)
-
-    for batch in batches:
-        waiting.append(score(trainable, frozen, batch))
-        if len(waiting) > 1:
-            take(waiting.pop(0))
-    for scores in waiting:
-        take(scores)
-    if totals["count"] == 0:
+    loss = correct = count = 0.0
+    for scores in _fetched(_classified(apply_logits), trainable, frozen, batches):
+        loss, correct = loss + float(scores["loss"]), correct + float(scores["correct"])
+        count += float(scores["count"])
+    if count == 0:
         raise BatchesError("there are no rows to evaluate on; give batches with rows whose weights are not 0")
-    count = totals["count"]
-    return {"loss": totals["loss"] / count, "accuracy": totals["correct"] / count, "count": count}
+    return {"loss": loss / count, "accuracy": correct / count, "count": count}
+
+
+def evaluate_lm(apply_loss: Apply, trainable: Any, frozen: Any, batches: Iterable[Batch]) -> dict[str, float]:
+    """Return the mean loss of all tokens that are learnt, its perplexity, and how many tokens there are.
+
+    The mean is over tokens and not over batches: it does not depend on how the rows are put into batches.
+
+    Args:
+        apply_loss: as `apply` of `jpeft.train.losses.causal_lm` or `seq2seq`; it is called with `key=None`. Compiled
+            once per shape of batch for one function object, so hand in the same one each time.
+        trainable: the trained parameters.
+        frozen: what goes with them.
+        batches: dicts with `tokens`, `labels`, `weights` and what else the model reads.
+
+    Returns:
+        `{"loss", "perplexity", "count"}`, summed over batches in float64; the perplexity is exp(loss).
+
+    Raises:
+        BatchesError: no token has a label and a weight.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> def batch(tokens, loss):
+        ...     ones = jnp.ones((1, tokens))
+        ...     return {"labels": ones.astype(int), "weights": ones, "loss": jnp.asarray(loss)}
+        >>> found = evaluate_lm(lambda trainable, frozen, batch, key: batch["loss"], None, None,
+        ...                     [batch(3, 1.0), batch(1, 5.0)])
+        >>> found["loss"], round(found["perplexity"], 3), found["count"]
+        (2.0, 7.389, 4.0)
+    """
+    total = count = 0.0
+    for mean, tokens in _fetched(_language(apply_loss), trainable, frozen, batches):
+        total, count = total + float(mean) * float(tokens), count + float(tokens)
+    if count == 0:
+        raise BatchesError("there are no tokens to evaluate on; give batches with labels whose weights are not 0")
+    loss = total / count
+    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "count": count}
+
+
+def _fetched(score: Any, trainable: Any, frozen: Any, batches: Iterable[Batch]) -> Iterator[Any]:
+    """Yield the scores of each batch, fetched while the next one is computed."""
+    waiting: Any = None
+    for batch in batches:
+        begun = score(trainable, frozen, batch)
+        if waiting is not None:
+            yield jax.device_get(waiting)
+        waiting = begun
+    if waiting is not None:
+        yield jax.device_get(waiting)
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(apply: Apply) -> Any:
+def _classified(apply: Apply) -> Any:
     def score(trainable: Any, frozen: Any, batch: Batch) -> dict[str, jax.Array]:
         loss, metrics = sums(logits_of(apply, trainable, frozen, batch, None), batch["labels"], batch["weights"])
         return {"loss": loss, **metrics}
+
+    return jax.jit(score)
+
+
+@functools.lru_cache(maxsize=16)
+def _language(apply: Apply) -> Any:
+    def score(trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return mean_and_count(apply, trainable, frozen, batch, None)
 
     return jax.jit(score)

@@ -45,12 +45,58 @@ def classification(apply: Apply, *, penalty: Penalty | None = None) -> LossFn:
     def loss_fn(trainable: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         total, metrics = sums(logits_of(apply, trainable, frozen, batch, key), batch["labels"], batch["weights"])
         loss = total / jnp.maximum(metrics["count"], jnp.finfo(jnp.float32).tiny)
-        if penalty is not None:
-            extra = penalty(trainable, frozen).astype(jnp.float32)
-            return loss + extra, {**metrics, "penalty": extra}
-        return loss, metrics
+        return _penalised(loss, metrics, penalty, trainable, frozen)
 
     return loss_fn
+
+
+def causal_lm(apply: Apply, *, penalty: Penalty | None = None) -> LossFn:
+    """Return the loss of a language model that computes it itself: the mean over the tokens that are learnt.
+
+    Args:
+        apply: `(trainable, frozen, batch, key) -> scalar`: the weighted mean that `model.apply` returns as `loss` for
+            `batch["tokens"]` and `model_inputs(batch)`; `key` is for dropout.
+        penalty: as of `classification`.
+
+    Returns:
+        A loss function for batches of `jpeft.data.packing`: `labels [B, T]`, negative where nothing is learnt, and
+        `weights [B, T]`. Its metrics are sums over tokens: `loss_sum` and `count`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> batch = {"labels": jnp.array([[-1, 1, 2]]), "weights": jnp.array([[0.0, 1.0, 1.0]])}
+        >>> loss_fn = causal_lm(lambda trainable, frozen, batch, key: trainable["x"] ** 2)
+        >>> loss, metrics = loss_fn({"x": jnp.array(3.0)}, None, batch, jax.random.key(0))
+        >>> float(loss), float(metrics["loss_sum"]), float(metrics["count"])
+        (9.0, 18.0, 2.0)
+    """
+
+    def loss_fn(trainable: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        loss, count = mean_and_count(apply, trainable, frozen, batch, key)
+        return _penalised(loss, {"loss_sum": loss * count, "count": count}, penalty, trainable, frozen)
+
+    return loss_fn
+
+
+seq2seq = causal_lm  # what differs is in the model: a decoder shifts its labels, an encoder-decoder its inputs
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """Return the arguments of `model.apply` besides the tokens, by name.
+
+    Example:
+        >>> sorted(model_inputs({"tokens": 0, "attention_mask": 1, "labels": 2, "weights": 3}))
+        ['attention_mask', 'label_weights', 'labels']
+    """
+    return {"label_weights" if name == "weights" else name: value for name, value in batch.items() if name != "tokens"}
+
+
+def mean_and_count(apply: Apply, trainable: Any, frozen: Any, batch: Batch,
+                   key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Return the mean loss of a batch and the weight of its learnt tokens, in float32; `key=None` means evaluation."""
+    weights = jnp.asarray(batch["weights"], jnp.float32)
+    count = jnp.sum(jnp.where(jnp.asarray(batch["labels"]) >= 0, weights, 0.0))
+    return apply(trainable, frozen, batch, key).astype(jnp.float32), count
 
 
 def logits_of(apply: Apply, trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
@@ -67,3 +113,11 @@ def sums(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> tuple[jax.
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     right = (jnp.argmax(logits, -1) == labels).astype(jnp.float32)
     return jnp.sum(loss * weights), {"correct": jnp.sum(right * weights), "count": jnp.sum(weights)}
+
+
+def _penalised(loss: jax.Array, metrics: Metrics, penalty: Penalty | None, trainable: Any,
+               frozen: Any) -> tuple[jax.Array, Metrics]:
+    if penalty is None:
+        return loss, metrics
+    extra = penalty(trainable, frozen).astype(jnp.float32)
+    return loss + extra, {**metrics, "penalty": extra}

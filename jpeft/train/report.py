@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from jpeft.errors import ReportError
 from jpeft.train import metrics
 from jpeft.train.loop import FitResult
 from jpeft.train.memory import peak_memory
+
+LARGE = 700.0  # the loss from which on a perplexity is no number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +102,7 @@ def summarise(
 
 
 def plot(source: str | os.PathLike[str] | Sequence[dict[str, Any]], png: str | os.PathLike[str]) -> Path:
-    """Draw loss and accuracy over the steps, of training and of evaluations.
+    """Draw the loss over the steps, of training and of evaluations, and beside it the accuracy or the perplexity.
 
     Args:
         source: a metrics.jsonl, or the `history` of a result.
@@ -119,7 +122,11 @@ def plot(source: str | os.PathLike[str] | Sequence[dict[str, Any]], png: str | o
     _lines(left, "loss", _series(rows, "loss"), _series(rows, "eval/loss"))
     counted = (row for row in rows if row.get("count") and row.get("correct") is not None)
     share = [(row["step"], row["correct"] / row["count"]) for row in counted]
-    _lines(right, "accuracy", share, _series(rows, "eval/accuracy"))
+    if judged := _series(rows, "eval/perplexity"):
+        trained = [(n, math.exp(loss)) for n, loss in _series(rows, "loss") if loss < LARGE]
+        _lines(right, "perplexity", trained, judged)
+    else:
+        _lines(right, "accuracy", share, _series(rows, "eval/accuracy"))
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
     _write(Path(png), image.getvalue())

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 import jpeft
-from jpeft.cli import config, yamlio
+from jpeft.cli import config, datakinds, yamlio
+from jpeft.cli.datakinds import DataConfig
 from jpeft.cli.rules import METHODS, described, to_methods, tokens_for
 from jpeft.core.match import Layers
 from jpeft.errors import ConfigError, MethodConfigError
@@ -90,21 +91,101 @@ def test_every_field_can_be_set(file: Path) -> None:
     others: dict[str, Any] = {
         "name": "n", "seed": 1, "output": "o", "model.source": "hf:a/b", "model.sha256": "f" * 64,
         "model.task": "classification",
+        "model.characters": None,
         "model.dtype": "bfloat16", "model.compute_dtype": "float32", "model.remat": "full", "model.dropout": 0.2,
         "data.source": "hf:c/d", "data.sha256": "e" * 64, "data.text": "t", "data.label": "l", "data.classes": 3,
         "data.where": {"a": 1}, "data.test": 0.5, "data.validation": 5, "data.seed": 2, "data.max_length": 9,
-        "data.buckets": [9], "rules": {"mlp": {"method": "IA3"}}, "train.epochs": 3, "train.batch_size": 4,
+        "data.buckets": [9], "rules": {"mlp": {"method": "IA3"}}, "train.epochs": 3,
+        "train.steps": None, "train.batch_size": 4,
         "train.optimizer": "lion", "train.learning_rate": 1e-4, "train.schedule": "cosine", "train.warmup": 5,
         "train.weight_decay": 0.5, "train.clip": 2.0, "train.betas": [0.5, 0.6], "train.eps": 1e-6,
-        "train.lora_plus": 16.0, "train.eval_every": 7, "train.save_every": 8, "train.keep": 4}
-    sections = ("model", "data", "train")
-    assert set(others) | set(sections) == set(config._known(config.JobConfig))
+        "train.lora_plus": 16.0, "train.eval_every": 7, "train.save_every": 8, "train.keep": 4,
+        "test.generate": None}
+    sections = ("model", "data", "train", "test")
+    known = {path for path in config._known(config.JobConfig[DataConfig]) if not path.startswith("test.generate.")}
+    assert set(others) | set(sections) == known
     written = {path: yamlio.dump(value).removesuffix("...\n") for path, value in others.items()}
     job = config.load(file, [f"{path}={text}" for path, text in written.items()])
     plain = job.model_dump()
     for path, value in others.items():
         section, _, field = path.rpartition(".")
         assert (plain[section] if section else plain)[field] == value, path
+
+
+LM = """
+model: {source: m, task: causal-lm}
+data: {format: pairs, source: rows.csv, test: 10}
+rules: {all-linear: {method: LoRA}}
+"""
+
+
+@pytest.fixture
+def lm(tmp_path: Path) -> Path:
+    path = tmp_path / "lm.yaml"
+    path.write_text(LM)
+    return path
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    (["data={source: r, test: 1}"], "'data.format' is missing; a causal-lm job has one of chat, pairs, text"),
+    (["data.format=pair"], "data.format = 'pair' is unknown; a causal-lm job has one of chat, pairs, text (nearest: "),
+    (["data.format=names"], "data.format = 'names' is unknown"),
+    (["model.task=seq2seq", "data.format=text"], "a seq2seq job has one of pairs, names"),
+    (["model.task=classification"], "data.format = 'pairs' is for the tasks causal-lm, seq2seq"),
+    (["model.task=causal"], "model.task = 'causal' is none of classification, causal-lm, seq2seq (nearest: "),
+    (["model={source: m, task: [1]}"], "model.task = [1] is none of"),
+    (["data=3"], "data = 3 should be"),
+    (["data.promt='{a}'"], "unknown key 'data.promt'; the nearest is 'data.prompt'"),
+    (["data.classes=2"], "unknown key 'data.classes'"),
+    (["data.keep=middle"], "data.keep = 'middle' should be 'start' or 'end'"),
+    (["data.names={label: yes}"], "data.names.label = 'yes' should be a valid list"),
+    (["data.match={a: 1}"], "data.match.a = 1 should be a valid string"),
+    (["data.format=text", "data.test=[]", "data.validation=[a]"], "data.test = [] List should have at least 1 item"),
+    (["data.format=text", "data.validation=[a]"], "data.test = 10 should be a valid list"),
+    (["train.steps=0"], "train.steps = 0 should be greater than or equal to 1"),
+    (["train.steps=5", "train.epochs=2"], "train.epochs = 2 and train.steps = 5 are both set; drop one"),
+    (["test.generate.row=3"], "unknown key 'test.generate.row'; the nearest is 'test.generate.rows'"),
+    (["test.generate={rows: 0}"], "test.generate.rows = 0 should be greater than or equal to 1"),
+    (["model.source={model_type: llama}"], "model.source is a mapping, which a causal-lm job cannot begin from"),
+    (["model.source=3"], "model.source = 3 should be a valid string or a valid dictionary"),
+])
+def test_mistake_in_a_job_of_a_language_model(lm: Path, settings: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.load(lm, settings)
+    assert said in str(caught.value)
+    assert str(caught.value).startswith(str(lm))
+    assert "\n" not in str(caught.value)
+
+
+def test_generation_needs_answers(file: Path, lm: Path) -> None:
+    with pytest.raises(ConfigError, match=r"test.generate is for models that write"):
+        config.load(file, ["test.generate={rows: 3}"])
+    with pytest.raises(ConfigError, match=r"test.generate needs data.learn = assistant"):
+        config.load(lm, ["test.generate={rows: 3}", "data={format: chat, source: r, test: 1, learn: all}"])
+
+
+@pytest.mark.parametrize(("settings", "kind"), [
+    (["data.format=chat"], datakinds.ChatData),
+    (["data.names={a: [no, yes]}", "data.match={a: '[01]'}", "data.unique=[b]"], datakinds.PairsData),
+    (["data={format: text, source: r, test: [a], validation: [b]}"], datakinds.TextData),
+    (["model.task=seq2seq"], datakinds.TargetsData),
+    (["model={task: seq2seq, source: {model_type: t5, d_model: 8}, characters: xyz}",
+      "data={format: names, source: d, read: [tg], write: fa}"], datakinds.NamesData),
+])
+def test_every_kind_of_rows_reads_back(lm: Path, settings: list[str], kind: type[Any]) -> None:
+    job = config.load(lm, [*settings, "train.steps=7", "test.generate={rows: 3}"])
+    assert type(job.data) is kind
+    assert Path(job.data.source).is_absolute()
+    assert (job.train.steps, job.train.epochs, job.train.total(99)) == (7, None, 7)
+    lm.write_bytes(config.write(job, "a command"))
+    again = config.load(lm)
+    assert again == job
+    assert again.hash() == job.hash()
+
+
+def test_epochs_count_where_no_steps_are_set(lm: Path) -> None:
+    assert config.load(lm).train.total(5) == 10
+    assert config.load(lm, ["train.epochs=3"]).train.total(5) == 15
 
 
 def test_what_a_resumed_run_may_change(file: Path) -> None:

@@ -14,6 +14,7 @@ pytest.importorskip("gguf", reason="needs gguf, which reads the files")
 pytest.importorskip("tokenizers", reason="needs tokenizers, which the tokenizer is rebuilt with")
 
 import gguf
+import jax
 
 from jpeft.errors import CheckpointError, ModelConfigError
 from jpeft.interop.checkpoint import Names, Row, load, match
@@ -24,13 +25,14 @@ from jpeft.interop.tokenizer import Tokenizer, read
 
 SIZES = {"context_length": 64, "block_count": 2, "embedding_length": 64, "feed_forward_length": 96,
          "attention.head_count": 4, "attention.head_count_kv": 2}
-ROWS, HEAD = 40, 16
+ROWS, HEAD, EXPERTS = 40, 16, 3
+MIXTURE = {"expert_count": EXPERTS, "expert_used_count": 2}
 QUANTS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 Q = gguf.GGMLQuantizationType
 
 
 def tensors(kind: str, bias: bool = False, tied: bool = True) -> dict[str, np.ndarray]:
-    """A model as Hugging Face stores it."""
+    """A model as Hugging Face stores it; "mixtral" is a kind of its own."""
     rng = np.random.default_rng(0)
     width, inner, q, kv = SIZES["embedding_length"], SIZES["feed_forward_length"], 4 * HEAD, 2 * HEAD
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (ROWS, width), "model.norm.weight": (width,)}
@@ -45,7 +47,14 @@ def tensors(kind: str, bias: bool = False, tied: bool = True) -> dict[str, np.nd
             "post_attention_layernorm.weight": (width,)}
         if bias:
             one |= {f"self_attn.{x}_proj.bias": (n,) for x, n in (("q", q), ("k", kv), ("v", kv))}
-        if kind in ("qwen3", "gemma3"):
+        if kind in ("mixtral", "qwen3moe"):
+            at = "mlp" if kind == "qwen3moe" else "block_sparse_moe"
+            names = "gate_proj up_proj down_proj" if kind == "qwen3moe" else "w1 w3 w2"
+            one = {name: shape for name, shape in one.items() if not name.startswith("mlp.")}
+            one[f"{at}.gate.weight"] = (EXPERTS, width)
+            for name, shape in zip(names.split(), ((inner, width), (inner, width), (width, inner)), strict=True):
+                one |= {f"{at}.experts.{e}.{name}.weight": shape for e in range(EXPERTS)}
+        if kind in ("qwen3", "qwen3moe", "gemma3"):
             one |= {"self_attn.q_norm.weight": (HEAD,), "self_attn.k_norm.weight": (HEAD,)}
         if kind in ("gemma2", "gemma3"):
             one |= {"pre_feedforward_layernorm.weight": (width,), "post_feedforward_layernorm.weight": (width,)}
@@ -58,38 +67,46 @@ def stored(kind: str, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     sandwich = kind in ("gemma2", "gemma3")
     inner = {"input_layernorm": "attn_norm", "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v",
              "o_proj": "attn_output", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm", "gate_proj": "ffn_gate",
-             "up_proj": "ffn_up", "down_proj": "ffn_down", "pre_feedforward_layernorm": "ffn_norm",
+             "up_proj": "ffn_up", "down_proj": "ffn_down", "gate": "ffn_gate_inp",
+             "w1": "ffn_gate", "w3": "ffn_up", "w2": "ffn_down", "pre_feedforward_layernorm": "ffn_norm",
              "post_attention_layernorm": "post_attention_norm" if sandwich else "ffn_norm",
              "post_feedforward_layernorm": "post_ffw_norm"}
     outer = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
              "lm_head.weight": "output.weight"}
-    out = {}
+    out: dict[str, Any] = {}
     for name, array in values.items():
         parts = name.split(".")
         new = outer.get(name) or f"blk.{parts[2]}.{inner[parts[-2]]}.{parts[-1]}"
-        if kind == "llama" and parts[-2] in ("q_proj", "k_proj"):
+        if ".experts." in name:
+            out.setdefault(f"blk.{parts[2]}.{inner[parts[-2]]}_exps.weight", []).append(array)
+            continue
+        if kind in ("llama", "mixtral") and parts[-2] in ("q_proj", "k_proj"):
             heads = 4 if parts[-2] == "q_proj" else 2
             array = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
             array = array.swapaxes(1, 2).reshape(values[name].shape)
         out[new] = array + 1 if kind.startswith("gemma") and name.endswith("norm.weight") else array
-    return out
+    return {name: np.stack(array) if isinstance(array, list) else array for name, array in out.items()}
 
 
 def write(path: Path, kind: str = "llama", values: dict[str, np.ndarray] | None = None,
-          keys: dict[str, Any] | None = None, encode: str = "F32", finish: Callable[[Any], None] | None = None) -> Path:
+          keys: dict[str, Any] | None = None, encode: str = "F32", finish: Callable[[Any], None] | None = None,
+          **split: int) -> Path:
     """Write a GGUF file; `keys` of the architecture replace those of `SIZES`, None takes one away."""
-    writer = gguf.GGUFWriter(path, kind)
+    values, arch = tensors(kind) if values is None else values, "llama" if kind == "mixtral" else kind
+    writer = gguf.GGUFWriter(path, arch, **split)
     said: dict[str, Any] = {**SIZES, "attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 5e5,
-                            "rope.dimension_count": HEAD, "attention.key_length": HEAD, **(keys or {})}
+                            "rope.dimension_count": HEAD, "attention.key_length": HEAD,
+                            **(MIXTURE if kind in ("mixtral", "qwen3moe") else {}),
+                            **({"expert_feed_forward_length": 96} if kind == "qwen3moe" else {}), **(keys or {})}
     for key, value in said.items():
         if isinstance(value, str):
-            writer.add_string(f"{kind}.{key}", value)
+            writer.add_string(f"{arch}.{key}", value)
         elif isinstance(value, list):
-            writer.add_array(f"{kind}.{key}", value)
+            writer.add_array(f"{arch}.{key}", value)
         elif value is not None:
-            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{kind}.{key}", value)
-    for name, array in stored(kind, tensors(kind) if values is None else values).items():
-        code = Q[encode] if array.ndim == 2 else Q.F32
+            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{arch}.{key}", value)
+    for name, array in stored(kind, values).items():
+        code = Q[encode] if array.ndim > 1 else Q.F32
         data = gguf.quants.quantize(array, code)
         writer.add_tensor(name, data, raw_dtype=code)
     if finish:
@@ -164,7 +181,7 @@ def test_every_architecture_in_hugging_face_terms(kind: str, tied: bool, tmp_pat
         rounding = 5e-7 if kind.startswith("gemma") else 0.0  # of the 1 that gemma's norms are stored with
         np.testing.assert_allclose(model.tensors.read(name), value, rtol=0, atol=rounding, err_msg=name)
     config = model.config
-    assert config["model_type"] == {"gemma3": "gemma3_text"}.get(kind, kind)
+    assert config["model_type"] == {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}.get(kind, kind)
     assert config["tie_word_embeddings"] is tied
     assert (config["vocab_size"], config["hidden_size"], config["num_key_value_heads"]) == (ROWS, 64, 2)
     assert config["rms_norm_eps"] == 1e-5
@@ -193,12 +210,100 @@ def test_load_serves_a_gguf_file(tmp_path: Path) -> None:
     values = tensors("llama")
     model = read_gguf(write(tmp_path / "m.gguf", "llama", values, encode="Q8_0"))
     names = Names((Row("layers/q", "model.layers.{}.self_attn.q_proj.weight", "in"),), unread=(r"(?!.*q_proj).*",))
-    import jax
-
     shapes = {"layers": {"q": jax.ShapeDtypeStruct((2, 64, 4, HEAD), np.float32)}}
     params = load(model.tensors, match(model.tensors, names, shapes), shapes, lambda *_: None)
     want = values["model.layers.1.self_attn.q_proj.weight"].T.reshape(64, 4, HEAD)
     np.testing.assert_allclose(params["layers"]["q"][1], want, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3moe"])
+def test_experts(kind: str, tmp_path: Path) -> None:
+    """All experts of a layer lie in one tensor; each is read as one of its own, whole or in rows."""
+    pytest.importorskip("flax", reason="needs flax, which the models are written in")
+    from jpeft.interop.pretrained import from_pretrained
+
+    values = tensors(kind, tied=False)
+    path = write(tmp_path / "m.gguf", kind, values)
+    model = read_gguf(path)
+    assert {name: info.shape for name, info in model.tensors.infos.items()} == {n: v.shape for n, v in values.items()}
+    for name, value in values.items():
+        np.testing.assert_array_equal(model.tensors.read(name), value, err_msg=name)
+    ours, params, _ = from_pretrained(path)
+    config = ours.config
+    assert (config.experts, config.experts_chosen, config.mlp_size) == (EXPERTS, 2, 96)
+    assert config.experts_renormalise
+    at = "block_sparse_moe.experts.2.w2" if kind == "mixtral" else "mlp.experts.2.down_proj"
+    down = params["layers"]["moe"]["down"]["kernel"]
+    np.testing.assert_array_equal(down[1, 2], values[f"model.layers.1.{at}.weight"].T)
+    assert np.isfinite(np.asarray(ours.apply(params, np.ones((1, 3), np.int32)).logits)).all()
+
+
+def test_experts_of_older_files_and_in_quants(tmp_path: Path) -> None:
+    values = tensors("mixtral")
+    inner = {"w1": "ffn_gate", "w3": "ffn_up", "w2": "ffn_down"}
+    single = {f"blk.{n.split('.')[2]}.{inner[n.split('.')[-2]]}.{n.split('.')[5]}.weight": v
+              for n, v in values.items() if ".experts." in n}
+
+    def finish(writer: Any) -> None:
+        for name, value in single.items():
+            writer.add_tensor(name, value)
+
+    rest = {name: value for name, value in values.items() if ".experts." not in name}
+    old = read_gguf(write(tmp_path / "old.gguf", "mixtral", rest, finish=finish)).tensors
+    assert set(old.infos) == set(values)
+    for name, value in values.items():
+        np.testing.assert_array_equal(old.read(name), value, err_msg=name)
+    held = read_gguf(write(tmp_path / "q.gguf", "mixtral", values, encode="Q8_0")).tensors
+    name = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+    want = gguf.quants.dequantize(gguf.quants.quantize(values[name], Q.Q8_0), Q.Q8_0)
+    np.testing.assert_array_equal(held.read(name), want)
+    (first, rows), = held.blocks(name, 4, 10, 2)
+    assert first == 4
+    np.testing.assert_array_equal(rows, want[4:10])
+
+
+def parts_of(folder: Path, kind: str = "qwen2") -> list[Path]:
+    folder.mkdir()
+    write(folder / "m.gguf", kind, split_max_tensors=8)
+    return sorted(folder.iterdir())
+
+
+def test_a_model_in_several_files(tmp_path: Path) -> None:
+    paths = parts_of(tmp_path / "parts")
+    assert [path.name for path in paths] == [f"m-{i:05d}-of-00003.gguf" for i in (1, 2, 3)]
+    whole = read_gguf(write(tmp_path / "whole.gguf", "qwen2"))
+    assert find(tmp_path / "parts") == paths[0]
+    for path in paths:
+        model = read_gguf(path)
+        assert model.config == whole.config
+        assert model.tensors.infos == whole.tensors.infos
+        for name in whole.tensors.infos:
+            np.testing.assert_array_equal(model.tensors.read(name), whole.tensors.read(name))
+    (tmp_path / "parts" / "other.gguf").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="holds 4 GGUF files; name one of them"):
+        find(tmp_path / "parts")
+
+
+def test_parts_that_are_missing_or_wrong(tmp_path: Path) -> None:
+    paths = parts_of(tmp_path / "a")
+    data = [path.read_bytes() for path in paths]
+    paths[1].unlink()
+    for path in (tmp_path / "a", paths[0], paths[2]):
+        with pytest.raises(CheckpointError, match=r"is one of 3 parts; m-00002-of-00003\.gguf missing beside it"):
+            read_gguf(find(path) or path)
+    paths[1].write_bytes(data[2])
+    with pytest.raises(CheckpointError, match=r"says that it is part 2 of 3 .*, its name that it is part 1 of 3"):
+        read_gguf(paths[0])
+    paths[1].write_bytes(data[1][:-8])
+    with pytest.raises(CheckpointError, match="it is truncated"):
+        read_gguf(paths[0])
+    other = parts_of(tmp_path / "b", "llama")
+    fewer = tmp_path / "c"
+    fewer.mkdir()
+    for path, content in zip(paths, data, strict=True):
+        (fewer / path.name).write_bytes(content if path is not paths[1] else other[0].read_bytes())
+    with pytest.raises(CheckpointError, match="its name that it is part 1 of 3"):
+        read_gguf(fewer / paths[0].name)
 
 
 def test_configurations_that_no_key_says(tmp_path: Path) -> None:
@@ -237,7 +342,9 @@ def test_llama3_scaling_is_found_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "keys", "text"), [
     ("gpt2", {}, "architecture 'gpt2' is not implemented, only llama, qwen2"),
-    ("llama", {"expert_count": 8}, r"llama.expert_count = 8 is not implemented \(nearest"),
+    ("llama", {"expert_shared_count": 8}, r"llama.expert_shared_count = 8 is not implemented \(nearest"),
+    ("llama", {"expert_count": 8}, "llama.expert_used_count is missing"),
+    ("qwen3moe", {"expert_feed_forward_length": None}, "qwen3moe.expert_feed_forward_length is missing"),
     ("llama", {"block_count": None}, "llama.block_count is missing"),
     ("llama", {"feed_forward_length": [96, 96]}, r"feed_forward_length = \[96, 96\] must be one number"),
     ("llama", {"rope.dimension_count": 8}, "rope.dimension_count = 8 is not implemented beside heads of 16"),
@@ -285,7 +392,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no token_embd.weight"):
         read_gguf(path)
     parts = write(tmp_path / "p.gguf", finish=lambda w: w.add_uint16("split.count", 3))
-    with pytest.raises(CheckpointError, match="one of 3 parts; join them"):
+    with pytest.raises(CheckpointError, match=r"one of 3 parts; name it as gguf-split does, NAME-00001-of-00003\.gguf"):
         read_gguf(parts)
 
 

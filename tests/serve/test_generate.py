@@ -205,11 +205,3 @@ def test_nan_is_said(plain: tuple[Decoder, Any], generator: Generator) -> None:
         generator(broken, PROMPTS, max_new_tokens=3)
 
 
-def test_virtual_tokens_are_refused(plain: tuple[Decoder, Any]) -> None:
-    made, params = plain
-    plan = jpeft.plan(made.apply, params, (jnp.ones((1, 4), int),), {"embed/embedding": jpeft.PromptTuning(length=3)},
-                      tokens=jpeft.Tokens(positions="positions"),
-                      example_kwargs={"positions": jnp.ones((1, 4), int)})
-    weights = jpeft.init(plan, params, jax.random.key(1))
-    with pytest.raises(ModelInputError, match="apply put 19 tokens for 16 into the cache: it has virtual tokens"):
-        Generator(made, apply=jpeft.adapt(made.apply, plan))(weights, [[1, 2, 3]], max_new_tokens=3)
