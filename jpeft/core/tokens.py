@@ -134,7 +134,8 @@ def strip(tokens: Tokens, n: int, outs: Sequence[Any], shapes: Sequence[tuple[in
 
 def other_length(tokens: Tokens, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """By how much to change the number of tokens to see which axes follow it: by -1 (no table is too short), or 1."""
-    ids = args[tokens.ids] if isinstance(tokens.ids, int) and tokens.ids < len(args) else kwargs.get(str(tokens.ids))
+    ids: Any = args[tokens.ids] if isinstance(tokens.ids, int) and tokens.ids < len(args) \
+        else kwargs.get(str(tokens.ids))
     return -1 if jnp.ndim(ids) > tokens.token_axis and jnp.shape(ids)[tokens.token_axis] > 1 else 1
 
 

@@ -107,9 +107,9 @@ def adalora_update(plan: Plan, trainable: dict[str, Theta], frozen: Frozen, grad
     for p, score in scores.items():
         keep = jnp.reshape(keep_flat[at: at + score.size], score.shape)
         at += score.size
-        e, mask = trainable[p]["e"], theta[p]["mask"]
-        trainable[p] = {**trainable[p], "e": jnp.where(allocate & ~keep, jnp.zeros((), e.dtype), e)}
-        theta[p] = {**theta[p], "mask": jnp.where(step == end, keep.astype(mask.dtype), mask)}
+        values, marks = trainable[p]["e"], theta[p]["mask"]
+        trainable[p] = {**trainable[p], "e": jnp.where(allocate & ~keep, jnp.zeros((), values.dtype), values)}
+        theta[p] = {**theta[p], "mask": jnp.where(step == end, keep.astype(marks.dtype), marks)}
     return trainable, frozen._replace(theta=theta), Importance(mean, spread)
 
 

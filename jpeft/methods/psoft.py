@@ -79,7 +79,7 @@ class PSOFT(Method):
         return ops.add(base, term)
 
     def neutral(self, site: Site, theta: Theta) -> Theta:
-        ones = {k: jnp.ones_like(theta[k]) for k in ("a_magnitude", "b_magnitude") if k in theta}
+        ones: Theta = {k: jnp.ones_like(theta[k]) for k in ("a_magnitude", "b_magnitude") if k in theta}
         return {"q": jnp.zeros_like(theta["q"]), **ones}
 
     def axes(self, site: Site) -> dict[str, tuple[int | None, ...]]:

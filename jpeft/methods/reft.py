@@ -171,7 +171,7 @@ class LoReFT(DiReFT):
         return (h @ (theta[f"w{end}"].astype(h.dtype) - basis) + theta[f"b{end}"].astype(h.dtype)) @ basis.T
 
     def neutral(self, site: Site, theta: Theta) -> Theta:
-        result = {}
+        result: Theta = {}
         for end in self._units:
             basis = _orthonormal(theta[f"p{end}"])
             result |= {f"w{end}": basis, f"b{end}": jnp.zeros_like(theta[f"b{end}"])}

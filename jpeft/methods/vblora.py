@@ -93,11 +93,12 @@ class VBLoRA(Method):
         return made[0], made[1]
 
     def build(self, site: Site, base: Any, theta: Theta, key: jax.Array | None) -> jax.Array | Op:
-        layouts = ((*site.stack_dims, "r", *site.in_dims), (*site.stack_dims, "r", *site.out_dims))
+        ins: tuple[int | str, ...] = (*site.stack_dims, "r", *site.in_dims)
+        outs: tuple[int | str, ...] = (*site.stack_dims, "r", *site.out_dims)
         terms = [self._factors(site, theta)]
         if "a0" in theta:
             terms.append((theta["a0"], -theta["b0"]))
-        return ops.add(base, *(ops.product(site.shape, *zip(pair, layouts, strict=True)) for pair in terms))
+        return ops.add(base, *(ops.product(site.shape, (a, ins), (b, outs)) for a, b in terms))
 
     def axes(self, site: Site) -> dict[str, tuple[int | None, ...]]:
         logits = (*site.stack_dims, None, None, None)

@@ -64,6 +64,11 @@ class Reader(abc.ABC):
         self._first = self._next = apply
         self.plan = getattr(apply, "plan", None)
         self.virtual = 0 if self.plan is None else int(self.plan.virtual_tokens)
+        placed = [e for e in (() if self.plan is None else self.plan.entries) if e.method.positions]
+        if placed:
+            raise ModelInputError(f"{type(placed[0].method).__name__} on {placed[0].path!r} acts by position, which a "
+                                  "padded prompt shifts; generate with a method that acts on every token "
+                                  "(prefix_positions=None), or call the adapted function on whole rows")
         if self.virtual and self.plan is not None:
             names = dataclasses.replace(self.names, fill=self.plan.tokens.fill)
             self._first = adapt(vars(apply)["apply"], dataclasses.replace(self.plan, tokens=names))

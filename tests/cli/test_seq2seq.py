@@ -79,6 +79,7 @@ def test_lora_goes_on_from_it(second: Path, capsys: pytest.CaptureFixture[str]) 
     assert not (second / runs.MODEL).exists()
 
 
+@pytest.mark.slow
 def test_eval_predict_merge(second: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(second)]) == 0
     assert f"test: perplexity {summary_of(second).test['perplexity']:.4f}" in capsys.readouterr().out

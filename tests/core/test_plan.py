@@ -91,8 +91,9 @@ def test_uses_unite_roles():
 
 
 @pytest.mark.parametrize("scanned", [True, False], ids=["scanned", "unrolled"])
-@pytest.mark.parametrize(
-    "method", [jpeft.LoRA(rank=2), jpeft.IA3(), jpeft.DoRA(rank=2)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("method", [
+    pytest.param(jpeft.LoRA(rank=2), id="LoRA"), pytest.param(jpeft.IA3(), id="IA3", marks=pytest.mark.slow),
+    pytest.param(jpeft.DoRA(rank=2), id="DoRA", marks=pytest.mark.slow)])
 def test_layer_ranges(scanned, method):
     plan = make({jpeft.layers("attention", [0, 2]): method}, scanned)
     whole = make({"attention": method}, scanned)

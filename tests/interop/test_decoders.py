@@ -65,6 +65,7 @@ def test_read_write_read_is_bit_exact(case: Case, dtype: Any, tmp_path: Path) ->
     assert bits(reread) == bits(params)
 
 
+@pytest.mark.slow
 @rows
 def test_a_model_made_from_nothing_can_be_written(case: Case, tmp_path: Path) -> None:
     fields = {"labels": 3} if case.task == "classification" else {}

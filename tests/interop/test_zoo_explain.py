@@ -25,7 +25,8 @@ def test_every_family_has_a_case() -> None:
     assert set(FIRST) == set(FAMILIES)
 
 
-@pytest.mark.parametrize("kind", sorted(FIRST))
+@pytest.mark.parametrize("kind", [
+    pytest.param(kind, marks=() if kind in ("llama", "t5", "bert") else pytest.mark.slow) for kind in sorted(FIRST)])
 def test_no_weight_is_materialised_in_any_family(kind: str) -> None:
     module, case = FIRST[kind]
     labels = {"labels": 3} if case.task == "classification" else {}
