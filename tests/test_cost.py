@@ -25,8 +25,10 @@ def _setup(scanned: bool, remat: bool):
     return apply, params, x, plan
 
 
-@pytest.mark.parametrize("remat", [False, True], ids=["plain", "remat"])
-@pytest.mark.parametrize("scanned", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize(("scanned", "remat"), [
+    pytest.param(False, False, id="unrolled-plain"), pytest.param(True, True, id="scanned-remat"),
+    pytest.param(False, True, id="unrolled-remat", marks=pytest.mark.slow),
+    pytest.param(True, False, id="scanned-plain", marks=pytest.mark.slow)])
 def test_flops_of_a_lora_step_are_at_the_floor(scanned, remat):
     apply, params, x, plan = _setup(scanned, remat)
     trainable, frozen = jpeft.init(plan, params, jax.random.key(2))

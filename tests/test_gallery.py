@@ -106,6 +106,7 @@ def test_nothing_changes_at_init(case: Case, dtype: str) -> None:
     assert_close(out, base, case.tol or SAME[dtype], "output")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "dtype"), [row for row in FIRST if row.values[0].reverse])
 def test_every_leaf_learns(case: Case, dtype: str) -> None:
     r = ready(case, dtype)

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,11 +29,13 @@ QUICK = frozenset({"L6"})  # what rows of the slow tier pass in the default one
 Apply = Callable[..., Any]
 
 
-def rows(law: str) -> Any:
-    """Every row that does not pass a substitute for this law."""
+def rows(law: str, only: Sequence[str] = ()) -> Any:
+    """Every row that does not pass a substitute for this law; `only`: those in the default tier."""
+    def slow(case: Case) -> bool:
+        return case.name not in only if only else case.tier == "slow" and law not in QUICK
+
     return pytest.mark.parametrize("case", [
-        pytest.param(c, id=c.name, marks=pytest.mark.slow if c.tier == "slow" and law not in QUICK else ())
-        for c in CASES if law not in c.exempt])
+        pytest.param(c, id=c.name, marks=pytest.mark.slow if slow(c) else ()) for c in CASES if law not in c.exempt])
 
 
 class Ready(NamedTuple):
@@ -267,7 +269,7 @@ def part(theta: Any, path: str, number: int) -> Any:
     return {k.removeprefix(f"{number}."): v for k, v in theta.get(path, {}).items() if k.startswith(f"{number}.")}
 
 
-@rows("L8")
+@rows("L8", only=("lora", "dora", "oft", "pfeiffer", "prefix"))
 @pytest.mark.usefixtures("double")
 def test_l8_composition(case: Case) -> None:
     """With another method on another leaf, and in a `Chain` on the same one: as merging the first, then adapting."""
@@ -314,8 +316,7 @@ def test_l9_flops(case: Case) -> None:
     assert abs(found - base - own) <= 0.02 * max(own, 0.02 * base), f"found {found - base:,}, stated {own:,}"
 
 
-@pytest.mark.parametrize("case", [
-    pytest.param(c, id=c.name, marks=() if c.name in ("lora", "prefix", "oft") else pytest.mark.slow) for c in CASES])
+@rows("bfloat16", only=("lora", "prefix", "oft"))
 def test_bfloat16(case: Case) -> None:
     """Compute in bfloat16 on float32 parameters, and bfloat16 parameters with float32 theta."""
     r, half, (ids, mask) = ready(case, "float32"), make(case, "bfloat16"), make_inputs()

@@ -59,7 +59,8 @@ def test_lora_materialises_no_weight_in_any_family(case: Case) -> None:
                      if path.startswith("layers/") and path.endswith("/kernel")}
 
 
-@pytest.mark.parametrize("name", ["gemma2", "qwen3-moe", "gpt2"])
+@pytest.mark.parametrize("name", [
+    "qwen3-moe", *(pytest.param(more, marks=pytest.mark.slow) for more in ("gemma2", "gpt2"))])
 def test_adapted_equals_merged(name: str) -> None:
     case = next(c for c in CASES if c.name == name)
     model = model_of(case)

@@ -72,8 +72,9 @@ def test_an_embedding_does_not_use_its_pooler() -> None:
     assert jpeft.inspect(model.apply, model.shapes(), (TOKENS, MASK))["pooler/kernel"].use == "unused"
 
 
-@pytest.mark.parametrize(("task", "remat"), [("hidden", "none"), ("classification", "full"),
-                                             ("token-classification", "none"), ("embedding", "dots")])
+@pytest.mark.parametrize(("task", "remat"), [
+    ("classification", "full"), *(pytest.param(*more, marks=pytest.mark.slow) for more in (
+        ("hidden", "none"), ("token-classification", "none"), ("embedding", "dots")))])
 def test_lora_materialises_no_weight_and_merges(task: str, remat: str) -> None:
     model, params = made(dataclasses.replace(CLASSES, task=task), remat=remat)
     plan = jpeft.plan(model.apply, params, (TOKENS, MASK, TYPES), {"all-linear": jpeft.LoRA(rank=2)})
@@ -98,7 +99,7 @@ def test_virtual_tokens_ride_with_masks_and_token_types(method: jpeft.Method, ru
     assert (out.logits.shape, out.hidden.shape) == ((4, 3), (4, 7, 16))
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
 def test_remat_changes_neither_values_nor_gradients(remat: str) -> None:
     plain, params = made()
     other = Encoder(CLASSES, remat=remat)
@@ -127,6 +128,7 @@ def test_dropout_needs_a_key_and_follows_it() -> None:
     assert jnp.abs(first - calm).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", ["dropout", "attention_dropout", "head_dropout"])
 def test_each_rate_acts_alone_and_differs_between_layers(rate: str) -> None:
     model, params = made(dataclasses.replace(CLASSES, **{rate: 0.5}))
