@@ -25,14 +25,13 @@ import jpeft
 
 TOL = {"float64": 1e-10, "float32": 1e-5}
 ROWS = [pytest.param(c, id=c.name) for c in CASES]
-QUICK = frozenset({"L6"})  # what rows of the slow tier pass in the default one
 Apply = Callable[..., Any]
 
 
 def rows(law: str, only: Sequence[str] = ()) -> Any:
     """Every row that does not pass a substitute for this law; `only`: those in the default tier."""
     def slow(case: Case) -> bool:
-        return case.name not in only if only else case.tier == "slow" and law not in QUICK
+        return case.name not in only if only else case.tier == "slow"
 
     return pytest.mark.parametrize("case", [
         pytest.param(c, id=c.name, marks=pytest.mark.slow if slow(c) else ()) for c in CASES if law not in c.exempt])
@@ -250,7 +249,7 @@ def placed(r: Ready, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
     return follow(r.spread), jpeft.Frozen(jax.tree.unflatten(treedef, base), follow(r.frozen.theta))
 
 
-@rows("L7")
+@rows("L7", only=("lora", "dora", "oft", "pfeiffer", "prefix"))
 @pytest.mark.usefixtures("double")
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 def test_l7_sharded_equals_single(case: Case) -> None:

@@ -18,8 +18,9 @@ def widest(*dtypes: Any) -> Any:
 
     Where JAX is limited to 32 bits, numpy's float64 is float32.
     """
-    wide = functools.reduce(jnp.promote_types, (
-        jnp.float32 if jnp.issubdtype(d, jnp.floating) and jnp.dtype(d).itemsize == 1 else d for d in dtypes))
+    with jax.numpy_dtype_promotion("standard"):  # the promotion is asked for
+        wide = functools.reduce(jnp.promote_types, (
+            jnp.float32 if jnp.issubdtype(d, jnp.floating) and jnp.dtype(d).itemsize == 1 else d for d in dtypes))
     return jax.dtypes.canonicalize_dtype(wide)
 
 
