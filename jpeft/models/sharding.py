@@ -105,8 +105,8 @@ def placements(shapes: Any, mesh: Mesh, rules: Mapping[str, PartitionSpec] | Non
         >>> import jax
         >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"))
         >>> shapes = {"lm_head": {"kernel": jax.ShapeDtypeStruct((8, 32), "float32")}}
-        >>> placements(shapes, mesh).shardings["lm_head/kernel"].spec
-        PartitionSpec('fsdp', 'tensor')
+        >>> tuple(placements(shapes, mesh).shardings["lm_head/kernel"].spec)
+        ('fsdp', 'tensor')
     """
     if not isinstance(mesh, Mesh):
         raise ShardingError(f"mesh is a {type(mesh).__name__}, must be a jax.sharding.Mesh; jax.make_mesh makes one")
