@@ -41,8 +41,14 @@ def to_methods(rules: Mapping[str, Mapping[str, Any]]) -> dict[Pattern, Method]:
         >>> to_methods({"attention": {"method": "LoRA", "rank": 4}})["attention"].rank
         4
     """
-    return {_pattern(pattern, rule): _method(f"rules.{pattern}", {k: v for k, v in rule.items() if k != "layers"})
-            for pattern, rule in rules.items()}
+    found = {_pattern(pattern, rule): _method(f"rules.{pattern}", {k: v for k, v in rule.items() if k != "layers"})
+             for pattern, rule in rules.items()}
+    for (pattern, method) in zip(rules, found.values(), strict=True):
+        late = [type(part).__name__ for _, part in method.parts if part.goes_on]
+        if late:
+            raise ConfigError(f"rules.{pattern} has {late[0]}, which acts from a token on that each call names "
+                              "(jpeft.Call(lengths=...)), and a job's rows name none; use LoRA, or a loop of your own")
+    return found
 
 
 def tokens_for(methods: Mapping[Pattern, Method], token_types: bool) -> Tokens | None:
