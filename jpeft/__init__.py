@@ -41,9 +41,9 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "Calibration", "Call", "Frozen", "Identity", "Method", "NotMergeable", "Plan", "Site", "Tokens", "adalora_init",
-    "adalora_update", "adapt", "base", "combine", "explain", "fingerprint", "from_nnx", "from_pretrained", "init",
-    "inspect", "layers", "load", "mask", "merge", "merge_error", "multiply", "optim", "partition", "penalty", "plan",
-    "register_rule", "save", "save_pretrained",
+    "adalora_update", "adapt", "base", "combine", "explain", "fingerprint", "from_nnx",
+    "from_pretrained", "init", "inspect", "layers", "load", "mask", "merge", "merge_error", "multiply", "optim",
+    "partition", "penalty", "plan", "register_rule", "save", "save_pretrained",
     *_methods,
 ]
 

@@ -131,6 +131,17 @@ def encoded(theta: Any) -> jax.Array:
     return theta["e"] @ theta["w3"] + theta["b3"]
 
 
+def of_task(theta: Any) -> jax.Array:
+    """The prompt of the only task of multitask prompt tuning."""
+    return theta["p"] * (theta["u"][0] @ theta["v"][0])
+
+
+def projected(theta: Any) -> jax.Array:
+    """The prefix that an encoder makes."""
+    hidden = jnp.tanh(theta["e"] @ theta["w1"] + theta["b1"])
+    return jnp.einsum("vj,ljhk->lvhk", hidden, theta["w2"]) + theta["b2"][:, None]
+
+
 def make_params(dtype: Any = jnp.float32) -> Any:
     params = randomise(jax.tree.map(lambda s: jnp.zeros(s, dtype), SHAPES, is_leaf=lambda s: isinstance(s, tuple)), 5)
     for norm in (params["layers"]["attn_norm"], params["layers"]["mlp_norm"], params["norm"]):
@@ -226,6 +237,13 @@ CASES = [
          tier="slow"),
     Case("p-tuning", {"embedding": jpeft.PTuning(length=3, hidden_size=8)}, 3 * D + 2 * D * 8 + 64 + 16 + D,
          lambda m: (LORA, m), lambda theta: {"prompt": encoded(theta["embed"])}, TOKENS,
+         {"L1": (WIDER, VIRTUAL + "test_an_invisible_prompt_is_the_base")}, tier="slow"),
+    Case("prefix encoder", {KV: jpeft.PrefixTuning(length=3, prefix_projection=True, encoder_hidden_size=4)},
+         2 * (3 * H * K + 4 * H * K + 4 + L * (4 + 1) * H * K), lambda m: (LORA, m),
+         lambda theta: {n: projected(theta[f"layers/{n}/kernel"]) for n in ("key", "value")}, TOKENS,
+         {"L1": (WIDER, VIRTUAL + "test_a_prefix_is_more_keys_and_values")}, tier="slow"),
+    Case("multitask", {"embedding": jpeft.MultitaskPromptTuning(length=3, num_ranks=2)}, 3 * D + 2 * (3 + D),
+         lambda m: (LORA, m), lambda theta: {"prompt": of_task(theta["embed"])}, TOKENS,
          {"L1": (WIDER, VIRTUAL + "test_an_invisible_prompt_is_the_base")}, tier="slow"),
     Case("psoft", {"layers/(query|up)/kernel": jpeft.PSOFT(rank=4, neumann=5)}, 2 * L * (6 + 8), lambda m: (m, IA3),
          tier="slow"),

@@ -20,7 +20,9 @@ from jpeft.methods.lokr import LoKr
 from jpeft.methods.lora import LoRA
 from jpeft.methods.lorafa import LoRAFA
 from jpeft.methods.miss import MiSS
+from jpeft.methods.multitask import MultitaskPromptTuning
 from jpeft.methods.oft import OFT
+from jpeft.methods.prefix import PrefixTuning
 from jpeft.methods.psoft import PSOFT
 from jpeft.methods.ptuning import PTuning
 from jpeft.methods.randlora import RandLoRA
@@ -31,7 +33,7 @@ from jpeft.methods.sparse import SHiRA, WaveFT
 from jpeft.methods.tokens import TrainableTokens
 from jpeft.methods.vblora import VBLoRA
 from jpeft.methods.vera import VeRA
-from jpeft.methods.virtual import PrefixTuning, PromptTuning
+from jpeft.methods.virtual import PromptTuning
 
 __all__ = [
     "BOFT",
@@ -62,6 +64,7 @@ __all__ = [
     "LoRAFA",
     "LoReFT",
     "MiSS",
+    "MultitaskPromptTuning",
     "PTuning",
     "ParallelAdapter",
     "Pfeiffer",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jpeft.core.method import Method
 from jpeft.methods.bottleneck import ParallelAdapter
-from jpeft.methods.virtual import PrefixTuning
+from jpeft.methods.prefix import PrefixTuning
 
 
 def mam(attention: str = ".*/(key|value)/kernel", feed_forward: str = ".*/down/kernel", input_of: str = "../up/kernel",
