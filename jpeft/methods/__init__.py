@@ -10,6 +10,7 @@ from jpeft.methods.delora import DeLoRA
 from jpeft.methods.diffpruning import DiffPruning
 from jpeft.methods.dora import DoRA
 from jpeft.methods.fourierft import FourierFT
+from jpeft.methods.gated import GatedAdapter, GatedLoRA, GatedPrefixTuning
 from jpeft.methods.gralora import GraLoRA
 from jpeft.methods.hira import HiRA
 from jpeft.methods.hra import HRA
@@ -53,6 +54,9 @@ __all__ = [
     "DoRA",
     "FourierFT",
     "Full",
+    "GatedAdapter",
+    "GatedLoRA",
+    "GatedPrefixTuning",
     "GraLoRA",
     "HiRA",
     "Houlsby",
