@@ -35,20 +35,22 @@ from jpeft.methods.adalora import adalora_init, adalora_update
 
 if TYPE_CHECKING:
     from jpeft.interop.nnx import from_nnx
+    from jpeft.interop.prefix import adapt_prefix
     from jpeft.interop.pretrained import from_pretrained, save_pretrained
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "Calibration", "Call", "Frozen", "Identity", "Method", "NotMergeable", "Plan", "Site", "Tokens", "adalora_init",
-    "adalora_update", "adapt", "base", "combine", "explain", "fingerprint", "from_nnx", "from_pretrained", "init",
-    "inspect", "layers", "load", "mask", "merge", "merge_error", "multiply", "optim", "partition", "penalty", "plan",
-    "register_rule", "save", "save_pretrained",
+    "adalora_update", "adapt", "adapt_prefix", "base", "combine", "explain", "fingerprint", "from_nnx",
+    "from_pretrained", "init", "inspect", "layers", "load", "mask", "merge", "merge_error", "multiply", "optim",
+    "partition", "penalty", "plan", "register_rule", "save", "save_pretrained",
     *_methods,
 ]
 
 # What needs more than jax, optax and numpy is loaded when it is first asked for.
 _LATE = {
+    "adapt_prefix": "jpeft.interop.prefix",
     "from_nnx": "jpeft.interop.nnx",
     "from_pretrained": "jpeft.interop.pretrained",
     "save_pretrained": "jpeft.interop.pretrained",

@@ -45,6 +45,10 @@ def _norm(h: jax.Array, p: Any) -> jax.Array:
     return h * jax.lax.rsqrt(jnp.mean(jnp.square(h), -1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
 
 
+def gate(x: jax.Array, a: Any) -> jax.Array:
+    return jax.nn.sigmoid(x @ a["g"] + a["gb"])[..., None]
+
+
 def encoder(params: Any, ids: jax.Array, attention_mask: jax.Array | None = None, *, causal: bool = False,
             dtype: Any = None, extra: Any = None) -> jax.Array:
     """Return logits `[B, T, V]`.
@@ -58,7 +62,8 @@ def encoder(params: Any, ids: jax.Array, attention_mask: jax.Array | None = None
         extra: what the methods that cannot merge must amount to, written into the model: `prompt` `[n, D]`, `key` and
             `value` `[L, n, H, K]` (prefixes), `adapter` and `parallel` (`down`, `b_down`, `up`, `b_up`, `s`, each
             `[L, ..]`) behind and beside the feed-forward part, `term` (`a`, `b`) beside its last kernel, `edit` (`w`,
-            `b`, `v`) of the first two tokens.
+            `b`, `v`) of the first two tokens, `gated` (UniPELT's LoRA and prefix, with gates `g` and `gb`; that of the
+            adapter is in `adapter`).
     """
     if dtype is not None:
         params, extra = jax.tree.map(lambda w: w.astype(dtype), (params, extra))
@@ -77,13 +82,17 @@ def encoder(params: Any, ids: jax.Array, attention_mask: jax.Array | None = None
         x = _norm(h, p["attn_norm"])
         q, k, v = (jnp.einsum("btd,dhk->bthk", x, p[n]["kernel"]) for n in ("query", "key", "value"))
         q, v = q + p["query"]["bias"], v + p["value"]["bias"]
+        if "gated" in more:
+            a = more["gated"]
+            q = q + jnp.reshape(gate(x, a["query"]) * 8 * (x @ a["query"]["a"] @ a["query"]["b"]), q.shape)
+            more = {**more, **{n: jnp.mean(gate(x, a[n]), 1)[..., None, None] * a[n]["p"] for n in ("key", "value")}}
         seen = jnp.broadcast_to(visible[:, None, None, :], (len(h), 1, x.shape[1], x.shape[1]))
         if causal:
             seen = seen & jnp.tril(jnp.ones(seen.shape[-2:], bool))
         if "key" in more:
-            k, v = (jnp.concatenate([jnp.broadcast_to(more[n], (len(h), *more[n].shape)), t], 1)
+            k, v = (jnp.concatenate([jnp.broadcast_to(more[n], (len(h), *more[n].shape[-3:])), t], 1)
                     for n, t in (("key", k), ("value", v)))
-            seen = jnp.pad(seen, ((0, 0), (0, 0), (0, 0), (more["key"].shape[0], 0)), constant_values=True)
+            seen = jnp.pad(seen, ((0, 0), (0, 0), (0, 0), (more["key"].shape[-3], 0)), constant_values=True)
         scores = jnp.einsum("bthk,bshk->bhts", q, k) * jnp.asarray(K**-0.5, q.dtype)
         weights = jax.nn.softmax(jnp.where(seen, scores, jnp.asarray(-1e9, q.dtype)))
         mixed = jnp.einsum("bhts,bshk->bthk", weights, v)
@@ -95,7 +104,8 @@ def encoder(params: Any, ids: jax.Array, attention_mask: jax.Array | None = None
             y = y + x @ more["term"]["a"] @ more["term"]["b"]
         if "adapter" in more:
             a = more["adapter"]
-            y = y + a.get("s", 1) * (jax.nn.gelu(y @ a["down"] + a["b_down"]) @ a["up"] + a["b_up"])
+            s = gate(y, a) if "g" in a else a.get("s", 1)
+            y = y + s * (jax.nn.gelu(y @ a["down"] + a["b_down"]) @ a["up"] + a["b_up"])
         if "parallel" in more:
             a = more["parallel"]
             y = y + a["s"] * (jax.nn.gelu(mlp @ a["down"] + a["b_down"]) @ a["up"] + a["b_up"])
@@ -132,6 +142,23 @@ def encoded(theta: Any) -> jax.Array:
     for i in (1, 2):
         theta = {**theta, "e": jax.nn.relu(theta["e"] @ theta[f"w{i}"] + theta[f"b{i}"])}
     return theta["e"] @ theta["w3"] + theta["b3"]
+
+
+def gated(theta: Any) -> Any:
+    """UniPELT as extras."""
+    return {"adapter": theta["layers/down/kernel"],
+            "gated": {n: theta[f"layers/{n}/kernel"] for n in ("query", "key", "value")}}
+
+
+def of_task(theta: Any) -> jax.Array:
+    """The prompt of the only task of multitask prompt tuning."""
+    return theta["p"] * (theta["u"][0] @ theta["v"][0])
+
+
+def projected(theta: Any) -> jax.Array:
+    """The prefix that an encoder makes."""
+    hidden = jnp.tanh(theta["e"] @ theta["w1"] + theta["b1"])
+    return jnp.einsum("vj,ljhk->lvhk", hidden, theta["w2"]) + theta["b2"][:, None]
 
 
 def make_params(dtype: Any = jnp.float32) -> Any:
@@ -229,6 +256,18 @@ CASES = [
          tier="slow"),
     Case("p-tuning", {"embedding": jpeft.PTuning(length=3, hidden_size=8)}, 3 * D + 2 * D * 8 + 64 + 16 + D,
          lambda m: (LORA, m), lambda theta: {"prompt": encoded(theta["embed"])}, TOKENS,
+         {"L1": (WIDER, VIRTUAL + "test_an_invisible_prompt_is_the_base")}, tier="slow"),
+    Case("prefix encoder", {KV: jpeft.PrefixTuning(length=3, prefix_projection=True, encoder_hidden_size=4)},
+         2 * (3 * H * K + 4 * H * K + 4 + L * (4 + 1) * H * K), lambda m: (LORA, m),
+         lambda theta: {n: projected(theta[f"layers/{n}/kernel"]) for n in ("key", "value")}, TOKENS,
+         {"L1": (WIDER, VIRTUAL + "test_a_prefix_is_more_keys_and_values")}, tier="slow"),
+    Case("unipelt", {
+         "layers/query/kernel": jpeft.GatedLoRA(rank=2), KV: jpeft.GatedPrefixTuning(length=3),
+         "layers/down/kernel": jpeft.GatedAdapter(bottleneck=4, activation="gelu")},
+         L * (2 * (D + H * K) + D + 1 + 2 * (3 * H * K + D + 1) + 8 * D + 4 + D + D + 1), lambda m: (LORA, m), gated,
+         TOKENS, {"L1": (WIDER, VIRTUAL + "test_a_prefix_is_more_keys_and_values")}, tier="slow"),
+    Case("multitask", {"embedding": jpeft.MultitaskPromptTuning(length=3, num_ranks=2)}, 3 * D + 2 * (3 + D),
+         lambda m: (LORA, m), lambda theta: {"prompt": of_task(theta["embed"])}, TOKENS,
          {"L1": (WIDER, VIRTUAL + "test_an_invisible_prompt_is_the_base")}, tier="slow"),
     Case("psoft", {"layers/(query|up)/kernel": jpeft.PSOFT(rank=4, neumann=5)}, 2 * L * (6 + 8), lambda m: (m, IA3),
          tier="slow"),

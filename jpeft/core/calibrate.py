@@ -1,13 +1,15 @@
-"""Statistics of the data, for methods whose start depends on it: second moments of a leaf's inputs, its gradient.
+"""Statistics of the data, for methods whose start depends on it: what a leaf's inputs and outputs are, its gradient.
 
-The second moments come out of a backward pass: a probe rides on the leaf, adds nothing, and says that its "gradient" is
-`x^T x`. So scans, remat and vmap, sharding and views of the leaf are those of any method.
+Inputs and outputs come out of a backward pass: a probe rides on the leaf, adds nothing, and says that its "gradient" is
+`x^T x`, or what the projection makes of a text. So scans, remat and vmap, sharding and views of the leaf are those of
+any method.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -33,7 +35,8 @@ class Calibration:
     Args:
         apply: pure function `apply(params, *args, **kwargs)`, the model or a loss of it. For methods that start from a
             gradient (`lora_ga`) it returns a scalar loss.
-        batches: an iterable of batches, each the positional arguments as a tuple or keyword arguments as a mapping.
+        batches: an iterable of batches, each the positional arguments as a tuple or keyword arguments as a mapping. Of
+            methods that start from a text (`PrefixTuning`) it is one batch of one row, without virtual tokens.
 
     Example:
         >>> import jax, jax.numpy as jnp, jpeft
@@ -53,17 +56,45 @@ class Calibration:
 class Probe(Method):
     """`W' = W`; the derivative of c `[*stack, in, in]` is the sum of `x^T x` over the inputs that anything depends on.
 
-    Inputs whose output has no influence on the function's own (padding, in attention under a mask) are left out.
+    Inputs whose output has no influence on the function's own (padding, in attention under a mask) are left out. The
+    derivative of t `[*stack, n, out]` are the outputs, bias included, for the first n tokens of a text.
+
+    Args:
+        inputs: whether there is c.
+        outputs: n; 0: there is no t.
     """
+
+    inputs: bool = True
+    outputs: int = 0
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear"})
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hooks", self.outputs > 0)
+
+    @property
+    def positions(self) -> bool:
+        return self.outputs > 0
+
     def init(self, key: jax.Array, site: Site, base: jax.Array) -> tuple[Theta, Theta]:
-        return {"c": jnp.zeros((*site.stack_shape, site.in_size, site.in_size), site.theta_dtype)}, {}
+        shapes = {"c": (site.in_size,) * 2} if self.inputs else {}
+        shapes |= {"t": (self.outputs, site.out_size)} if self.outputs else {}
+        return {k: jnp.zeros((*site.stack_shape, *shape), site.theta_dtype) for k, shape in shapes.items()}, {}
 
     def build(self, site: Site, base: Any, theta: Theta, key: jax.Array | None) -> jax.Array | Op:
-        watch = functools.partial(_watch, site.out_size)
-        return ops.add(base, maps.linear(site.shape, theta, watch, site.stack_dims, site.in_dims, site.out_dims))
+        if self.inputs:
+            watch, own = functools.partial(_watch, site.out_size), {"c": theta["c"]}
+            base = ops.add(base, maps.linear(site.shape, own, watch, site.stack_dims, site.in_dims, site.out_dims))
+        if self.outputs:
+            base = maps.hooked(base, {"t": theta["t"]}, maps.Hook(self, site), site.stack_dims)
+        return base
+
+    def hook(self, site: Site, theta: Theta, y: jax.Array, start: int) -> jax.Array:
+        rows, length = math.prod(y.shape[:-2]), y.shape[-2]
+        if rows != 1 or length < self.outputs:
+            raise CallError(f"a start from a text needs one row of {self.outputs} tokens or more, and {site.path!r} is "
+                            f"applied to {rows} of {length}; give Calibration(apply, [(ids,)]) with ids [1, T]")
+        return _heard(theta["t"].astype(y.dtype), y)
 
 
 def _watch(outputs: int, theta: maps.Arrays, x: jax.Array) -> jax.Array:
@@ -88,9 +119,25 @@ def _silent_backward(outputs: int, x: jax.Array, slope: jax.Array) -> tuple[jax.
 _silent.defvjp(_silent_forward, _silent_backward)
 
 
+@jax.custom_vjp
+def _heard(t: jax.Array, y: jax.Array) -> jax.Array:
+    return y
+
+
+def _heard_forward(t: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return y, jnp.reshape(y, y.shape[-2:])[:t.shape[0]]
+
+
+def _heard_backward(seen: jax.Array, slope: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return seen, slope
+
+
+_heard.defvjp(_heard_forward, _heard_backward)
+
+
 def statistics(adapt: Callable[[Apply, Plan], Callable[..., Any]], plan: Plan, params: Any,
                calibration: Calibration) -> Statistics:
-    """Return, for each path, what its method wants: `inputs` `[*stack, in, in]` (a sum), `gradient` (a mean).
+    """Return, for each path, what its method wants: `inputs` (a sum), `outputs` (of a text), `gradient` (a mean).
 
     Args:
         adapt: `jpeft.adapt`.
@@ -99,10 +146,14 @@ def statistics(adapt: Callable[[Apply, Plan], Callable[..., Any]], plan: Plan, p
         calibration: the data.
 
     Raises:
-        CallError: there are no batches, one is no tuple or mapping, or a loss is needed and `apply` returns none.
+        CallError: there are no batches, more than the text that is needed, one is no tuple or mapping, or a loss is
+            needed and `apply` returns none.
     """
-    wanted = {kind: [e for e in plan.entries if kind in e.method.calibration] for kind in ("inputs", "gradient")}
-    probes = dataclasses.replace(plan, tokens=None, entries=tuple(Entry(e.site, Probe()) for e in wanted["inputs"]))
+    kinds = ("inputs", "outputs", "gradient")
+    wanted = {kind: [e for e in plan.entries if kind in e.method.calibration] for kind in kinds}
+    entries = [Entry(e.site, Probe(e in wanted["inputs"], e.method.virtual_tokens if e in wanted["outputs"] else 0))
+               for e in plan.entries if {"inputs", "outputs"} & e.method.calibration]
+    probes = dataclasses.replace(plan, tokens=plan.tokens if wanted["outputs"] else None, entries=tuple(entries))
     probed = adapt(calibration.apply, probes)
     names, _, treedef = leaves_of(params)
     chosen = {e.path for e in wanted["gradient"]}
@@ -143,9 +194,12 @@ def statistics(adapt: Callable[[Apply, Plan], Callable[..., Any]], plan: Plan, p
         count += 1
     if total is None:
         raise CallError("calibration has no batches; give one or more (an iterator can be used only once)")
+    if count > 1 and wanted["outputs"]:
+        raise CallError(f"{wanted['outputs'][0].path!r} starts from one text, and calibration has {count} batches; "
+                        "give one batch of one row")
     result: Statistics = {e.path: {} for e in plan.entries}
     for path, theta in total[0].items():
-        result[path]["inputs"] = theta["c"]
+        result[path] |= {{"c": "inputs", "t": "outputs"}[letter]: value for letter, value in theta.items()}
     for path, slope in total[1].items():
         result[path]["gradient"] = slope / count
     return result

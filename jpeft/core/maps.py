@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -264,26 +264,26 @@ class Hook:
         return self.method.hook(self.site, theta, y, self.start)
 
 
-def told(e: Hooked, start: int, real: int, lengths: Any, continued: bool = False) -> Expr:
+def told(e: Hooked, start: int, real: int, call: Mapping[str, Any], continued: bool = False) -> Expr:
     """`e`, its hooks told what they act on.
 
     Args:
         e: the expression.
         start: first row of its virtual tokens.
         real: first row of the real tokens.
-        lengths: of the texts, or None.
+        call: what the call says, by the names of the fields of `Call`: a hook gets what its method reads.
         continued: the tokens go on after others: hooks that act on virtual tokens or by position have done so there,
             and those that go on act on every row.
     """
     method, theta = e.fn.method, e.theta
-    of = told(e.of, start, real, lengths, continued) if isinstance(e.of, Hooked) else e.of
+    of = told(e.of, start, real, call, continued) if isinstance(e.of, Hooked) else e.of
     if continued and method.goes_on:
         return dataclasses.replace(e, of=of, fn=dataclasses.replace(e.fn, everywhere=True))
     if continued and (method.virtual_tokens or method.positions):
         return of
-    if lengths is not None and "lengths" in method.call:
-        layout = [f"lengths{i}" for i in range(jnp.ndim(lengths))]
-        theta = {**theta, "lengths": factor(jnp.asarray(lengths), layout, len(e.shape))}
+    for name in method.call & call.keys():
+        value = jnp.asarray(call[name])
+        theta = {**theta, name: factor(value, [f"{name}{i}" for i in range(value.ndim)], len(e.shape))}
     fn = dataclasses.replace(e.fn, start=start if method.virtual_tokens else real)
     return dataclasses.replace(e, of=of, theta=theta, fn=fn)
 

@@ -27,7 +27,7 @@ class Call(NamedTuple):
 
     Attributes:
         key: a PRNG key; every leaf, layer, use and shard folds its own number into it.
-        task: task index, for methods that learn several tasks.
+        task: number of the task, or one for each row of the batch `[B]`, for methods that learn several.
         adapter: adapter index, for banks of stacked adapters.
         lengths: lengths of the real tokens, for methods that act from a position on.
         continued: True where the tokens go on after others that a cache holds, the virtual ones among them: no virtual
@@ -131,7 +131,7 @@ class Method:
 
     @property
     def calibration(self) -> frozenset[str]:
-        """What `calibrate` wants to know of the data: `inputs`, `gradient`, or nothing."""
+        """What `calibrate` wants to know of the data: `inputs`, `outputs`, `gradient`, or nothing."""
         return frozenset()
 
     def calibrate(self, key: jax.Array, site: Site, base: jax.Array, start: tuple[Theta, Theta],
@@ -143,8 +143,9 @@ class Method:
             site: the leaf.
             base: the frozen array.
             start: `(trainable, frozen)`.
-            data: `inputs` `[*stack, in, in]`, the sum of `x^T x` over the leaf's inputs; `gradient` of the loss, of the
-                leaf's shape.
+            data: `inputs` `[*stack, in, in]`, the sum of `x^T x` over the leaf's inputs; `outputs` `[*stack, V, out]`,
+                the leaf's outputs for the first V tokens of a text, V being `virtual_tokens`; `gradient` of the loss,
+                of the leaf's shape.
         """
         return start
 
@@ -171,7 +172,7 @@ class Method:
         Args:
             site: the leaf.
             theta: entries of one copy of the leaf; with `source` also `x` `[..., in]` (its rows are those of `y`), and
-                with `lengths` in `call` also `lengths` `[B]`, where the call gives them.
+                what `call` names and the call gives: `lengths` `[B]`, `task` `[]` or `[B]`.
             y: the output, after its bias.
             start: first row of the method's virtual tokens; of a method that has none, of the real ones.
         """

@@ -108,7 +108,7 @@ def _check_key(key: Any, what: str) -> None:
         raise CallError(f"{what} is a {type(key).__name__}, not a PRNG key; pass jax.random.key(0)")
 
 
-def _check_theta(plan: Any, trainable: Any, frozen: Any, order: str) -> None:
+def check_theta(plan: Any, trainable: Any, frozen: Any, order: str) -> None:
     """Raise `CallError` unless the two partitions are those of the plan: paths, letters and shapes."""
     _check_plan(plan, order)
     if not isinstance(frozen, Frozen):
@@ -129,7 +129,7 @@ def _check_theta(plan: Any, trainable: Any, frozen: Any, order: str) -> None:
 
 
 def _check_call(plan: Plan, trainable: Any, frozen: Any, call: Any) -> None:
-    _check_theta(plan, trainable, frozen, "adapted(trainable, frozen, *inputs)")
+    check_theta(plan, trainable, frozen, "adapted(trainable, frozen, *inputs)")
     if not isinstance(call, Call):
         raise CallError(f"peft is a {type(call).__name__}; pass peft=jpeft.Call(key=...)")
     if call.key is not None:
@@ -146,6 +146,7 @@ def _inputs(plan: Plan, names: Sequence[str], leaves: Sequence[Any], trainable: 
     """The interpreter's inputs: plain arrays, adapted leaves, and tracked biases of hooked leaves."""
     entries = {e.path: e for e in plan.entries}
     watched = {e.site.bias for e in plan.entries if e.method.hooks} | _tapped(plan)
+    said = {name: value for name, value in (("task", call.task), ("lengths", call.lengths)) if value is not None}
     result = []
     for name, leaf in zip(names, leaves, strict=True):
         entry = entries.get(name)
@@ -154,7 +155,7 @@ def _inputs(plan: Plan, names: Sequence[str], leaves: Sequence[Any], trainable: 
             own = None if call.key is None else jax.random.fold_in(call.key, path_number(name))
             value = entry.method.build(entry.site, jnp.asarray(leaf), _theta(plan, entry, trainable, frozen), own)
             if isinstance(value, Hooked):
-                value = told(value, entry.start, plan.virtual_tokens, call.lengths, bool(call.continued))
+                value = told(value, entry.start, plan.virtual_tokens, said, bool(call.continued))
         if isinstance(value, Op) or name in watched:
             dims = tuple(frozenset({d}) for d in range(np.ndim(leaf)))
             value = Leaf(value, (Origin(name, dims),), jax.dtypes.canonicalize_dtype(leaf.dtype))
@@ -264,8 +265,12 @@ def adapt(apply: Apply, plan: Plan) -> Callable[..., Any]:
 
 
 def verify(apply: Apply, plan: Plan, params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Evaluate the adapted function abstractly, with a dropout key, so that every unsupported use is an error now."""
+    """Evaluate the adapted function abstractly, with a dropout key, so that every unsupported use is an error now.
+
+    Methods that learn several tasks are asked for the first.
+    """
     shapes, theta = plan.theta_shapes()
+    task = jnp.zeros((), jnp.int32) if any("task" in e.method.call for e in plan.entries) else None
     leaves, treedef = jax.tree_util.tree_flatten((tuple(args), dict(kwargs)))
     arrays = [isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)) for x in leaves]
 
@@ -273,7 +278,7 @@ def verify(apply: Apply, plan: Plan, params: Any, args: Sequence[Any], kwargs: M
         it = iter(given)
         filled = [next(it) if t else x for x, t in zip(leaves, arrays, strict=True)]
         a, kw = jax.tree_util.tree_unflatten(treedef, filled)
-        outs = adapt(apply, plan)(trainable, Frozen(base, theta), *a, peft=Call(key=jax.random.key(0)), **kw)
+        outs = adapt(apply, plan)(trainable, Frozen(base, theta), *a, peft=Call(jax.random.key(0), task), **kw)
         return [x for x in jax.tree_util.tree_leaves(outs) if isinstance(x, jax.Array)]
 
     jax.eval_shape(call, shapes, theta, params, [x for x, t in zip(leaves, arrays, strict=True) if t])
@@ -302,7 +307,7 @@ def merge(plan: Plan, trainable: Trainable, frozen: Frozen, *, partial: bool = F
         NotMergeable: a method has no plain equivalent and `partial` is False.
         CallError: the partitions are not those of the plan.
     """
-    _check_theta(plan, trainable, frozen, "jpeft.merge(plan, trainable, frozen)")
+    check_theta(plan, trainable, frozen, "jpeft.merge(plan, trainable, frozen)")
     names, leaves, treedef = leaves_of(frozen.base)
     plan.check_params(names, leaves)
     entries = {e.path: e for e in plan.entries}
@@ -332,7 +337,7 @@ def _merged(plan: Plan, entry: Entry, leaf: Any, trainable: Trainable, frozen: F
 
 def merge_error(plan: Plan, trainable: Trainable, frozen: Frozen) -> dict[str, jax.Array]:
     """Return, per merged leaf, `max|round(W') - W'| / max|W'|`: what casting back to the leaf's dtype loses."""
-    _check_theta(plan, trainable, frozen, "jpeft.merge_error(plan, trainable, frozen)")
+    check_theta(plan, trainable, frozen, "jpeft.merge_error(plan, trainable, frozen)")
     leaves = dict(zip(*leaves_of(frozen.base)[:2], strict=True))
     errors = {}
     for e in plan.entries:
@@ -348,7 +353,7 @@ def merge_error(plan: Plan, trainable: Trainable, frozen: Frozen) -> dict[str, j
 
 def penalty(plan: Plan, trainable: Trainable, frozen: Frozen) -> jax.Array:
     """Return the sum of the methods' regularisers, a float32 scalar (0 where no method has one)."""
-    _check_theta(plan, trainable, frozen, "jpeft.penalty(plan, trainable, frozen)")
+    check_theta(plan, trainable, frozen, "jpeft.penalty(plan, trainable, frozen)")
     total = jnp.zeros((), jnp.float32)
     for e in plan.entries:
         value = e.method.penalty(e.site, _theta(plan, e, trainable, frozen))

@@ -11,6 +11,7 @@ from jpeft.methods.delora import DeLoRA
 from jpeft.methods.diffpruning import DiffPruning
 from jpeft.methods.dora import DoRA
 from jpeft.methods.fourierft import FourierFT
+from jpeft.methods.gated import GatedAdapter, GatedLoRA, GatedPrefixTuning
 from jpeft.methods.gralora import GraLoRA
 from jpeft.methods.hira import HiRA
 from jpeft.methods.hra import HRA
@@ -21,7 +22,9 @@ from jpeft.methods.lokr import LoKr
 from jpeft.methods.lora import LoRA
 from jpeft.methods.lorafa import LoRAFA
 from jpeft.methods.miss import MiSS
+from jpeft.methods.multitask import MultitaskPromptTuning
 from jpeft.methods.oft import OFT
+from jpeft.methods.prefix import PrefixTuning
 from jpeft.methods.psoft import PSOFT
 from jpeft.methods.ptuning import PTuning
 from jpeft.methods.randlora import RandLoRA
@@ -32,7 +35,7 @@ from jpeft.methods.sparse import SHiRA, WaveFT
 from jpeft.methods.tokens import TrainableTokens
 from jpeft.methods.vblora import VBLoRA
 from jpeft.methods.vera import VeRA
-from jpeft.methods.virtual import PrefixTuning, PromptTuning
+from jpeft.methods.virtual import PromptTuning
 
 __all__ = [
     "BOFT",
@@ -53,6 +56,9 @@ __all__ = [
     "DoRA",
     "FourierFT",
     "Full",
+    "GatedAdapter",
+    "GatedLoRA",
+    "GatedPrefixTuning",
     "GraLoRA",
     "HiRA",
     "Houlsby",
@@ -64,6 +70,7 @@ __all__ = [
     "LoRAFA",
     "LoReFT",
     "MiSS",
+    "MultitaskPromptTuning",
     "PTuning",
     "ParallelAdapter",
     "Pfeiffer",

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from jpeft.core.method import Method
 from jpeft.methods.bottleneck import ParallelAdapter
-from jpeft.methods.virtual import PrefixTuning
+from jpeft.methods.chain import Chain
+from jpeft.methods.gated import GatedAdapter, GatedLoRA, GatedPrefixTuning
+from jpeft.methods.prefix import PrefixTuning
+from jpeft.methods.selective import Full
 
 
 def mam(attention: str = ".*/(key|value)/kernel", feed_forward: str = ".*/down/kernel", input_of: str = "../up/kernel",
@@ -31,3 +34,62 @@ def mam(attention: str = ".*/(key|value)/kernel", feed_forward: str = ".*/down/k
     """
     beside = ParallelAdapter(bottleneck=bottleneck, scaling=scaling, input_of=input_of)
     return {attention: PrefixTuning(length=length), feed_forward: beside}
+
+
+def unipelt(query: str = ".*/query/kernel", key: str = ".*/key/kernel", value: str = ".*/value/kernel",
+            feed_forward: str = ".*/down/kernel", length: int = 10, rank: int = 8,
+            reduction_factor: float = 16.0) -> dict[str, Method]:
+    """Return the rules of UniPELT: LoRA on queries and values, a prefix, and an adapter, each behind a gate.
+
+    The gates of LoRA and of the adapter are for each token, that of the prefix is the mean over the row; the paper's
+    code takes the mean for all three.
+
+    Args:
+        query: pattern of the kernels of queries.
+        key: of keys.
+        value: of values.
+        feed_forward: pattern of the last kernel of the feed-forward part.
+        length: virtual tokens of the prefix.
+        rank: of LoRA.
+        reduction_factor: of the adapter.
+
+    Returns:
+        Rules for `jpeft.plan`, which needs `tokens=jpeft.Tokens(..)` with them.
+
+    Source: arXiv 2110.07577.
+
+    Example:
+        >>> from jpeft.methods.presets import unipelt
+        >>> [type(method).__name__ for method in unipelt().values()]
+        ['GatedLoRA', 'GatedPrefixTuning', 'Chain', 'GatedAdapter']
+    """
+    lora, prefix = GatedLoRA(rank=rank), GatedPrefixTuning(length=length)
+    return {query: lora, key: prefix, value: Chain((lora, prefix)),
+            feed_forward: GatedAdapter(reduction_factor=reduction_factor)}
+
+
+def ptuning_v2(attention: str = ".*/(key|value)/kernel", head: str = "classifier/.*", length: int = 20,
+               prefix_projection: bool = False) -> dict[str, Method]:
+    """Return the rules of P-Tuning v2: deep prompts in every layer of an encoder, and its head.
+
+    Its deep prompts are keys and values before those of the text, in every layer: the maths is that of prefix tuning.
+    What the paper changes is around it: a classification head that is trained in full, the encoder of the prompts left
+    out on most tasks, and a length that is chosen for each task.
+
+    Args:
+        attention: pattern of the kernels of keys and values.
+        head: pattern of the leaves of the head.
+        length: virtual tokens.
+        prefix_projection: whether the prompts come out of an encoder.
+
+    Returns:
+        Rules for `jpeft.plan`, which needs `tokens=jpeft.Tokens(..)` with them.
+
+    Source: arXiv 2110.07602.
+
+    Example:
+        >>> from jpeft.methods.presets import ptuning_v2
+        >>> [type(method).__name__ for method in ptuning_v2().values()]
+        ['PrefixTuning', 'Full']
+    """
+    return {attention: PrefixTuning(length=length, prefix_projection=prefix_projection), head: Full()}

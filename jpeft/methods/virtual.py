@@ -1,9 +1,8 @@
-"""Methods that train virtual tokens: prompts at the embedding, prefixes at the keys and values of every layer."""
+"""Prompt tuning, and what all methods with virtual tokens share; prefixes are in `prefix`."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import ClassVar
 
 import jax
@@ -15,7 +14,7 @@ from jpeft.core.site import Site
 from jpeft.errors import MethodConfigError
 
 
-class _Virtual(Method):
+class Virtual(Method):
     """A method that overwrites the rows of `length` virtual tokens in an output `[..., T, out]`."""
 
     hooks: ClassVar[bool] = True
@@ -34,16 +33,16 @@ class _Virtual(Method):
 
 
 def overwrite(y: jax.Array, p: jax.Array, row: int, column: int = 0) -> jax.Array:
-    """Put `p` `[V, C]` over the rows from `row` and the columns from `column` of `y` `[..., T, out]`."""
-    (v, c), (t, n) = p.shape, y.shape[-2:]
+    """Put `p` `[V, C]` or `[B, V, C]` over the rows from `row` and the columns from `column` of `y` `[.., T, out]`."""
+    (v, c), (t, n) = p.shape[-2:], y.shape[-2:]
     pads = ((row, t - row - v), (column, n - column - c))
-    spread = jnp.broadcast_to(jnp.pad(p.astype(y.dtype), pads), y.shape)
+    spread = jnp.broadcast_to(jnp.pad(p.astype(y.dtype), (*((0, 0),) * (p.ndim - 2), *pads)), y.shape)
     mine = jnp.broadcast_to(jnp.pad(jnp.ones((v, c), bool), pads), y.shape)
     return jnp.where(compat.match_sharding(mine, y), compat.match_sharding(spread, y), y)
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptTuning(_Virtual):
+class PromptTuning(Virtual):
     """Train the embeddings of virtual tokens that stand before the real ones.
 
     `E([v_1 .. v_V, x]) = [P; E(x)]`, P (`p`) `[V, *out]`. The batch is padded on the left through `jpeft.Tokens`, and
@@ -51,10 +50,14 @@ class PromptTuning(_Virtual):
 
     Args:
         length: V, the number of virtual tokens.
-        init_weights: `random` (normal, deviation 0.02) or `vocabulary` (V different random rows of the embedding).
+        init_weights: `random` (normal, deviation 0.02), `vocabulary` (V different random rows of the embedding), `text`
+            (the rows of the first V tokens of `init_ids`, from the first again where they are fewer) or `labels` (for
+            each class the mean of its rows; what is left of V as in `vocabulary`).
+        init_ids: token ids: of a text, `(3, 4, 5)`; of the names of the classes, `((3,), (4, 5))`.
 
     Raises:
-        MethodConfigError: length below 1, more rows wanted than the vocabulary has, or an unknown init.
+        MethodConfigError: length below 1, more rows wanted than the vocabulary has, an unknown init, or ids that it
+            does not need, lacks, or that are none; more classes than V.
 
     Source: arXiv 2104.08691.
 
@@ -69,6 +72,7 @@ class PromptTuning(_Virtual):
 
     length: int = 20
     init_weights: str = "random"
+    init_ids: tuple[int | tuple[int, ...], ...] = ()
 
     uses: ClassVar[frozenset[str]] = frozenset({"embedding", "tied"})
     recommended_lr: ClassVar[float] = 3e-2
@@ -76,19 +80,44 @@ class PromptTuning(_Virtual):
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
 
     def __post_init__(self) -> None:
-        self._check_fields(self.init_weights, ("random", "vocabulary"))
+        ids = tuple(tuple(i) if isinstance(i, list | tuple) else i for i in self.init_ids)
+        object.__setattr__(self, "init_ids", ids)
+        self._check_fields(self.init_weights, ("random", "vocabulary", "text", "labels"))
+        want = {"text": int, "labels": tuple}.get(self.init_weights)
+        fits = not ids if want is None else bool(ids) and all(isinstance(i, want) and i != () for i in ids)
+        if not fits or (want is tuple and len(ids) > self.length):
+            shape = {"text": "the ids of a text, as (3, 4, 5)",
+                     "labels": f"those of each class, at most {self.length}, as ((3,), (4, 5))"}
+            raise MethodConfigError(f"{type(self).__name__}(init_weights={self.init_weights!r}, init_ids={ids}) cannot "
+                                    f"start; give {shape.get(self.init_weights, 'no init_ids with it')}")
+
+    def _groups(self) -> list[tuple[int, ...]]:
+        """The tokens whose mean each of the first virtual tokens starts from."""
+        groups = [i if isinstance(i, tuple) else (i,) for i in self.init_ids]
+        repeats = -(-self.length // len(groups)) if self.init_weights == "text" else 1
+        return (groups * repeats)[:self.length]
 
     def check(self, site: Site) -> None:
-        if self.init_weights == "vocabulary" and self.length > site.in_size:
-            raise MethodConfigError(f"PromptTuning(length={self.length}) cannot draw as many rows from {site.path!r} "
+        name = type(self).__name__
+        drawn = {"vocabulary": self.length, "labels": self.length - len(self.init_ids)}.get(self.init_weights, 0)
+        if drawn > site.in_size:
+            raise MethodConfigError(f"{name}(length={self.length}) cannot draw as many rows from {site.path!r} "
                                     f"of {site.in_size}; use init_weights='random'")
+        outside = sorted({i for group in self._groups() for i in group if not 0 <= i < site.in_size})
+        if outside:
+            raise MethodConfigError(f"{name}(init_ids=...) has the ids {outside[:3]}, which are no rows of "
+                                    f"{site.path!r}; use ids from 0 to {site.in_size - 1}")
 
     def init(self, key: jax.Array, site: Site, base: jax.Array) -> tuple[Theta, Theta]:
         shape, dtype = (self.length, *site.out_shape), site.theta_dtype
         if self.init_weights == "random":
             return {"p": 0.02 * jax.random.normal(key, shape, dtype)}, {}
-        rows = jax.random.choice(key, site.in_size, (self.length,), replace=False)
-        return {"p": jnp.reshape(site.matrix(base)[rows], shape).astype(dtype)}, {}
+        table, groups = site.matrix(base), self._groups()
+        rows = [jnp.mean(table[jnp.asarray(group)].astype(dtype), axis=0) for group in groups]
+        if len(groups) < self.length:
+            drawn = jax.random.choice(key, site.in_size, (self.length - len(groups),), replace=False)
+            rows += list(table[drawn].astype(dtype))
+        return {"p": jnp.reshape(jnp.stack(rows), shape)}, {}
 
     def hook(self, site: Site, theta: Theta, y: jax.Array, start: int) -> jax.Array:
         if y.shape[-1] != site.out_size:
@@ -97,69 +126,3 @@ class PromptTuning(_Virtual):
 
     def axes(self, site: Site) -> dict[str, tuple[int | None, ...]]:
         return {"p": (None, *site.out_dims)}
-
-
-@dataclasses.dataclass(frozen=True)
-class PrefixTuning(_Virtual):
-    """Train keys and values of virtual tokens that every layer attends to.
-
-    `K' = [P_K; K]` and `V' = [P_V; V]`: put it on the kernels of the key and of the value projection in every layer.
-    The batch is padded on the left through `jpeft.Tokens`, the first V rows of each projection's output (after its
-    bias) are replaced by P (`p`) `[*stack, V, *out]`, and the outputs of the virtual tokens are stripped: for the real
-    tokens, in causal and in bidirectional attention, this equals attention to a prefix. What the model does to keys
-    after the projection (rotary embedding, norm) it does to the prefix as well. It cannot be limited to some layers:
-    the others would attend to the padding.
-
-    Args:
-        length: V, the number of virtual tokens.
-        init_weights: `random` (normal, deviation 0.02) or `zero`.
-        channels: `(start, stop)`: the output channels that are keys or values, of a fused kernel; None: all of them.
-            P is then `[*stack, V, stop - start]`.
-
-    Raises:
-        MethodConfigError: length below 1, channels outside the output, or an unknown init.
-
-    Source: arXiv 2101.00190.
-
-    Example:
-        >>> import jpeft
-        >>> rules = {".*/(key|value)/kernel": jpeft.PrefixTuning(length=10)}
-        >>> fused = {".*/c_attn/kernel": jpeft.PrefixTuning(length=10, channels=(768, 3 * 768))}
-    """
-
-    length: int = 20
-    init_weights: str = "random"
-    channels: tuple[int, int] | None = None
-
-    uses: ClassVar[frozenset[str]] = frozenset({"linear"})
-    recommended_lr: ClassVar[float] = 1e-2
-    formula: ClassVar[str] = "length * out"
-    peft_type: ClassVar[str | None] = "PREFIX_TUNING"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.channels, list):
-            object.__setattr__(self, "channels", tuple(self.channels))
-        self._check_fields(self.init_weights, ("random", "zero"))
-
-    def check(self, site: Site) -> None:
-        if self.channels is not None and not 0 <= self.channels[0] < self.channels[1] <= site.out_size:
-            raise MethodConfigError(f"PrefixTuning(channels={self.channels}) lie outside the {site.out_size} outputs "
-                                    f"of {site.path!r}; give (start, stop), 0 <= start < stop <= {site.out_size}")
-
-    def _shape(self, site: Site) -> tuple[int, ...]:
-        return site.out_shape if self.channels is None else (self.channels[1] - self.channels[0],)
-
-    def init(self, key: jax.Array, site: Site, base: jax.Array) -> tuple[Theta, Theta]:
-        shape, dtype = (*site.stack_shape, self.length, *self._shape(site)), site.theta_dtype
-        zero = self.init_weights == "zero"
-        return {"p": jnp.zeros(shape, dtype) if zero else 0.02 * jax.random.normal(key, shape, dtype)}, {}
-
-    def hook(self, site: Site, theta: Theta, y: jax.Array, start: int) -> jax.Array:
-        p = jnp.reshape(theta["p"], (self.length, math.prod(self._shape(site))))
-        return overwrite(y, p, start, 0 if self.channels is None else self.channels[0])
-
-    def numbers(self, site: Site) -> dict[str, int]:
-        return {"out": math.prod(self._shape(site))}
-
-    def axes(self, site: Site) -> dict[str, tuple[int | None, ...]]:
-        return {"p": (*site.stack_dims, None, *(site.out_dims if self.channels is None else (None,)))}

@@ -20,7 +20,7 @@ from jpeft.models import cache as caches
 from jpeft.models.cache import Cache
 from jpeft.models.decoder_config import DecoderConfig
 from jpeft.models.decoder_layers import Block, Layer, Past, Shared, here, masks, tables
-from jpeft.models.layers import REMAT, choose, stacked
+from jpeft.models.layers import REMAT, check_pair, choose, stacked
 from jpeft.models.loss import chunked_cross_entropy
 from jpeft.models.model import Model
 from jpeft.models.output import Output
@@ -45,21 +45,24 @@ class DecoderModule(Block):
     @nn.compact
     def __call__(self, tokens: jax.Array, attention_mask: jax.Array | None = None, positions: jax.Array | None = None,
                  segment_ids: jax.Array | None = None, cache: Cache | None = None, past: Past | None = None,
-                 labels: jax.Array | None = None, label_weights: jax.Array | None = None) -> Output:
+                 labels: jax.Array | None = None, label_weights: jax.Array | None = None,
+                 prefix: Past | None = None) -> Output:
         c = self.config
         mask = None if attention_mask is None else jnp.asarray(attention_mask).astype(bool)
-        prefix = 0 if past is None else past[0].shape[2]
+        first = prefix if past is None else past
+        ahead = 0 if first is None else first[0].shape[2]
         number = jnp.arange(tokens.shape[1]) if segment_ids is None else _within(segment_ids)
-        number = jnp.broadcast_to(number + prefix + (0 if cache is None else cache.length), tokens.shape)
+        number = jnp.broadcast_to(number + ahead + (0 if cache is None else cache.length), tokens.shape)
         positions = number if positions is None else positions
         words = self.table(c.vocab_size, "embed")
         x = words(tokens)
         x = x if c.embed_scale == 1.0 else x * jnp.asarray(c.embed_scale, x.dtype)
         x = x + self.table(c.positions, "position")(positions) if c.position_table else x
         x = self.drop(x, c.embedding_dropout)
-        shared = Shared(*masks(c, mask, number, segment_ids, cache, prefix), *tables(c, positions))
+        shared = Shared(*masks(c, mask, number, segment_ids, cache, ahead), *tables(c, positions),
+                        (None, None) if prefix is None else tables(c, jnp.arange(ahead)[None]))
         layers = stacked(Layer, c.layers, self.remat, (0, nn.broadcast))
-        each = here(c, cache, past, tokens.shape[0])
+        each = here(c, cache, past, prefix, tokens.shape[0])
         x, (key, value) = layers(c, self.dtype, self.train, name="layers")(x, each, shared)
         hidden = self.norm(x, "norm")
         if cache is not None:
@@ -165,7 +168,7 @@ class Decoder(Model):
     def apply(self, params: Any, tokens: jax.Array, attention_mask: jax.Array | None = None,
               positions: jax.Array | None = None, segment_ids: jax.Array | None = None, cache: Cache | None = None,
               past: Past | None = None, labels: jax.Array | None = None, label_weights: jax.Array | None = None,
-              *, key: jax.Array | None = None) -> Output:
+              prefix: Past | None = None, *, key: jax.Array | None = None) -> Output:
         """Run the decoder.
 
         Args:
@@ -183,6 +186,8 @@ class Decoder(Model):
             labels: ids `[B, T]`, aligned with the tokens and shifted here: token t predicts label t + 1, within its
                 segment. Negative labels count for nothing. Fewer than T: those of the last tokens.
             label_weights: of the labels, `[B, T]`; None: 1.
+            prefix: in the place of `past`, the keys and values as the projections make them: before the norm of the
+                keys and rotary positions, which they get here. They do not enter the cache: give them to every call.
             key: the key for dropout; None: no dropout.
 
         Returns:
@@ -191,27 +196,30 @@ class Decoder(Model):
         Raises:
             ModelInputError: an argument does not fit the model or another argument.
         """
-        self._check(tokens, attention_mask, positions, segment_ids, cache, past, labels, label_weights)
+        self._check(tokens, attention_mask, positions, segment_ids, cache, past, labels, label_weights, prefix)
         rngs = None if key is None else {"dropout": key}
-        out = self.module(train=key is not None).apply({"params": params}, tokens, attention_mask, positions,
-                                                       segment_ids, cache, past, labels, label_weights, rngs=rngs)
+        out = self.module(train=key is not None).apply(
+            {"params": params}, tokens, attention_mask, positions, segment_ids, cache, past, labels, label_weights,
+            prefix, rngs=rngs)
         return cast(Output, out)
 
     def _check(self, tokens: Any, mask: Any, positions: Any, segments: Any, cache: Cache | None, past: Any,
-               labels: Any, weights: Any) -> None:
+               labels: Any, weights: Any, prefix: Any) -> None:
         c, shape = self.config, tuple(jnp.shape(tokens))
         if len(shape) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
             raise ModelInputError(f"tokens must be integer ids [B, T], found {jnp.result_type(tokens)} {shape}")
-        if c.position_table and positions is None and shape[1] > c.positions:
-            raise ModelInputError(f"a sequence of {shape[1]} tokens is longer than the {c.positions} positions of "
-                                  "this model; truncate it")
+        self._check_before(shape, segments, cache, past, prefix)
+        first = prefix if past is None else past
+        ahead = 0 if first is None else int(jnp.shape(first[0])[2])
+        if c.position_table and positions is None and ahead + shape[1] > c.positions:
+            raise ModelInputError(f"a sequence of {ahead + shape[1]} tokens is longer than the {c.positions} positions "
+                                  "of this model; truncate it")
         square = [(*shape, shape[1])] if cache is None and c.task != "classification" else []
         for name, value, allowed in (("attention_mask", mask, [shape, *square]), ("positions", positions, [shape]),
                                      ("segment_ids", segments, [shape])):
             if value is not None and tuple(jnp.shape(value)) not in allowed:
                 right = " or ".join(map(str, allowed))
                 raise ModelInputError(f"{name} has shape {tuple(jnp.shape(value))}, must be {right}")
-        self._check_before(shape, segments, cache, past)
         if labels is None and weights is not None:
             raise ModelInputError("label_weights without labels; pass labels too")
         if labels is not None and c.task != "causal-lm":
@@ -222,15 +230,13 @@ class Decoder(Model):
         if weights is not None and jnp.shape(weights) != jnp.shape(labels):
             raise ModelInputError(f"label_weights has shape {jnp.shape(weights)}, must be {jnp.shape(labels)}")
 
-    def _check_before(self, shape: tuple[int, ...], segments: Any, cache: Cache | None, past: Any) -> None:
+    def _check_before(self, shape: tuple[int, ...], segments: Any, cache: Cache | None, past: Any,
+                      prefix: Any) -> None:
         c = self.config
-        if past is not None:
-            found = [tuple(jnp.shape(p)) for p in past]
-            fits = len(found) == 2 and found[0] == found[1] and len(found[0]) == 5
-            if not fits or (found[0][0], *found[0][3:]) != (c.layers, c.kv_heads, c.head_size) or \
-                    found[0][1] not in (1, shape[0]):
-                raise ModelInputError(f"past has shapes {found}, must be a key and a value [{c.layers}, {shape[0]} or "
-                                      f"1, P, {c.kv_heads}, {c.head_size}]")
+        if past is not None and prefix is not None:
+            raise ModelInputError("past and prefix both stand before the first token; give one of them")
+        check_pair("past", past, c.layers, shape[0], c.kv_heads, c.head_size)
+        check_pair("prefix", prefix, c.layers, shape[0], c.kv_heads, c.head_size)
         if cache is None:
             return
         if segments is not None:

@@ -27,13 +27,15 @@ class Here(NamedTuple):
         local: whether the layer has the window.
         rotated: whether it has rotary positions.
         scale: of its attention scores.
-        before: keys and values `[B, S, K, d]` of earlier tokens, as `(key, value)` of the prefix and of the cache.
+        before: keys and values `[B, S, K, d]` of earlier tokens, as `(key, value)` of the past and of the cache.
+        prefix: keys and values `[B or 1, P, K, d]` that stand before the first token, as the projections make them.
     """
 
     local: jax.Array | None
     rotated: jax.Array | None
     scale: jax.Array | None
     before: tuple[Past, ...]
+    prefix: Past | None = None
 
 
 class Shared(NamedTuple):
@@ -44,12 +46,14 @@ class Shared(NamedTuple):
         local_masks: with it.
         tables: cosine and sine of the rotary positions `[B, T, n]`.
         local_tables: those of the layers with the window.
+        prefix_tables: as `tables` and `local_tables`, of the prefix `[1, P, n]`.
     """
 
     masks: Masks | None
     local_masks: Masks | None
     tables: Past | None
     local_tables: Past | None
+    prefix_tables: tuple[Past | None, Past | None] = (None, None)
 
 
 class Block(nn.Module):
@@ -87,11 +91,18 @@ class Attention(Block):
     def __call__(self, x: jax.Array, here: Here, shared: Shared) -> tuple[jax.Array, Past]:
         c = self.config
         query, key, value = self._projections(x)
+        first: Sequence[jax.Array] = () if here.prefix is None else (here.prefix[0],)
         if c.qk_norm != "none":
-            query, key = (self._normed(one, name) for one, name in ((query, "query_norm"), (key, "key_norm")))
-        tables = self._tables(here, shared)
+            query, = self._normed("query_norm", query)
+            key, *first = self._normed("key_norm", key, *first)
+        tables = self._tables(here, shared.tables, shared.local_tables)
         if tables is not None:
             query, key = rotate(query, *tables), rotate(key, *tables)
+        if here.prefix is not None:
+            tables = self._tables(here, *shared.prefix_tables)
+            pair = (first[0] if tables is None else rotate(first[0], *tables), here.prefix[1])
+            wide = tuple(jnp.broadcast_to(p, (len(x), *p.shape[1:])) for p in pair)
+            here = here._replace(before=(cast(Past, wide), *here.before))
         query, key, value = (checkpoint_name(one, name) for one, name in
                              ((query, "query"), (key, "key"), (value, "value")))
         mixed = checkpoint_name(self._mix(query, key, value, here, shared), "attention_mix")
@@ -109,18 +120,18 @@ class Attention(Block):
         whole = self.dense(shape, "qkv", c.qkv_bias)(x)
         return [jnp.squeeze(one, axis) for one in jnp.split(whole, 3, axis)]
 
-    def _normed(self, x: jax.Array, name: str) -> jax.Array:
+    def _normed(self, name: str, *xs: jax.Array) -> list[jax.Array]:
         norm = RmsNorm(self.config.norm_eps, self.config.norm_centred, self.dtype, name=name)
         if self.config.qk_norm == "head":
-            return norm(x)
-        return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
+            return [norm(x) for x in xs]
+        return [norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape) for x in xs]
 
-    def _tables(self, here: Here, shared: Shared) -> Past | None:
-        if shared.tables is None:
+    def _tables(self, here: Here, wide: Past | None, local: Past | None) -> Past | None:
+        if wide is None:
             return None
-        cos, sin = shared.tables
-        if shared.local_tables is not None and here.local is not None:
-            cos, sin = (jnp.where(here.local, a, b) for a, b in zip(shared.local_tables, (cos, sin), strict=True))
+        cos, sin = wide
+        if local is not None and here.local is not None:
+            cos, sin = (jnp.where(here.local, a, b) for a, b in zip(local, (cos, sin), strict=True))
         if here.rotated is not None:
             cos, sin = jnp.where(here.rotated, cos, 1.0), jnp.where(here.rotated, sin, 0.0)
         return cos, sin
@@ -178,7 +189,7 @@ class Layer(Block):
         return Mlp(c, self.dtype, self.train, name="mlp")
 
 
-def here(c: DecoderConfig, cache: Cache | None, past: Past | None, batch: int) -> Here:
+def here(c: DecoderConfig, cache: Cache | None, past: Past | None, prefix: Past | None, batch: int) -> Here:
     """Return what is different in each layer."""
     def flags(chosen: Sequence[int]) -> jax.Array:
         return jnp.asarray([i in chosen for i in range(c.layers)])
@@ -193,7 +204,7 @@ def here(c: DecoderConfig, cache: Cache | None, past: Past | None, batch: int) -
         base = c.head_size**-0.5 if c.scale is None else c.scale
         scale = base / jnp.arange(1, c.layers + 1, dtype=jnp.float32)
     return Here(None if c.uniform else flags(c.local), ~flags(c.unrotated) if c.unrotated else None, scale,
-                tuple(before))
+                tuple(before), prefix)
 
 
 def tables(c: DecoderConfig, positions: jax.Array) -> tuple[Past | None, Past | None]:

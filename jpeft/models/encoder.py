@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jpeft.errors import ModelConfigError, ModelInputError
-from jpeft.models.layers import ACTIVATIONS, REMAT, attention, choose, stacked, visible
+from jpeft.models.layers import ACTIVATIONS, REMAT, attention, behind, check_pair, choose, stacked, visible
 from jpeft.models.model import Model
 from jpeft.models.output import Output
 
+Pair = tuple[jax.Array, jax.Array]
 TASKS = ("hidden", "classification", "token-classification", "embedding")
 _RATES = ("dropout", "attention_dropout", "head_dropout")
 _SIZES = ("vocab_size", "hidden_size", "layers", "heads", "mlp_size", "positions")
@@ -134,10 +135,11 @@ class Attention(_Block):
     """Self-attention without the residual, `[B, T, D] -> [B, T, D]`."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None, prefix: Pair | None) -> jax.Array:
         c = self.config
         query, key, value = (checkpoint_name(self.dense((c.heads, c.head_size), name)(x), name)
                              for name in ("query", "key", "value"))
+        key, value = behind(prefix, key, value)
         rng = self.make_rng("dropout") if self.train and c.attention_dropout else None
         mixed = checkpoint_name(attention(query, key, value, mask, c.attention_dropout, rng), "attention_mix")
         return checkpoint_name(self.dense(c.hidden_size, "out", axis=(-2, -1))(mixed), "attention_out")
@@ -157,9 +159,9 @@ class Layer(_Block):
     """One layer, normalised after each residual sum; the body of the scan."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, prefix: Pair | None, mask: jax.Array | None) -> tuple[jax.Array, None]:
         c = self.config
-        mixed = Attention(c, self.dtype, self.train, name="attention")(x, mask)
+        mixed = Attention(c, self.dtype, self.train, name="attention")(x, mask, prefix)
         x = self.norm(x + self.drop(mixed, c.dropout), "attention_norm")
         inner = Mlp(c, self.dtype, self.train, name="mlp")(x)
         return self.norm(x + self.drop(inner, c.dropout), "mlp_norm"), None
@@ -169,14 +171,15 @@ class Embeddings(_Block):
     """Words, positions and token types, summed and normalised: ids `[B, T] -> [B, T, D]`."""
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, token_types: jax.Array | None, positions: jax.Array | None) -> jax.Array:
+    def __call__(self, tokens: jax.Array, token_types: jax.Array | None, positions: jax.Array | None,
+                 ahead: int = 0) -> jax.Array:
         c = self.config
         x = self.table(c.vocab_size, "word")(tokens)
         if positions is None and c.positions_after_pad:
             real = (tokens != c.pad_id).astype(jnp.int32)
-            positions = jnp.cumsum(real, axis=-1) * real + c.pad_id
+            positions = (jnp.cumsum(real, axis=-1) + ahead) * real + c.pad_id
         elif positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]) + ahead, tokens.shape)
         if c.token_types:
             types = jnp.zeros_like(tokens) if token_types is None else token_types
             x = x + self.table(c.token_types, "token_type")(types)
@@ -191,11 +194,11 @@ class EncoderModule(_Block):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, attention_mask: jax.Array | None = None, token_types: jax.Array | None = None,
-                 positions: jax.Array | None = None) -> Output:
-        c = self.config
-        x = Embeddings(c, self.dtype, self.train, name="embeddings")(tokens, token_types, positions)
-        layers = stacked(Layer, c.layers, self.remat)
-        hidden, _ = layers(c, self.dtype, self.train, name="layers")(x, visible(attention_mask))
+                 positions: jax.Array | None = None, prefix: Pair | None = None) -> Output:
+        c, ahead = self.config, 0 if prefix is None else prefix[0].shape[2]
+        x = Embeddings(c, self.dtype, self.train, name="embeddings")(tokens, token_types, positions, ahead)
+        layers = stacked(Layer, c.layers, self.remat, (0, nn.broadcast))
+        hidden, _ = layers(c, self.dtype, self.train, name="layers")(x, prefix, visible(attention_mask, ahead))
         if c.task == "token-classification":
             return Output(self.dense(c.labels, "classifier")(self.drop(hidden, c.head_dropout)), hidden)
         if c.task == "classification":
@@ -260,7 +263,7 @@ class Encoder(Model):
         return EncoderModule(self.config, self.dtype, train, self.remat)
 
     def apply(self, params: Any, tokens: jax.Array, attention_mask: jax.Array | None = None,
-              token_types: jax.Array | None = None, positions: jax.Array | None = None,
+              token_types: jax.Array | None = None, positions: jax.Array | None = None, prefix: Pair | None = None,
               *, key: jax.Array | None = None) -> Output:
         """Run the encoder.
 
@@ -269,24 +272,27 @@ class Encoder(Model):
             tokens: ids `[B, T]`.
             attention_mask: 1 = visible: `[B, T]`, or `[B, T, T]` for a pattern of its own per token.
             token_types: `[B, T]`; None: zeros.
-            positions: rows of the position table `[B, T]`; None: as the family counts them.
+            positions: rows of the position table `[B, T]`; None: as the family counts them, after the prefix.
+            prefix: `(key, value)`, each `[L, B or 1, P, H, d]`: what all tokens see in every layer, beside themselves.
             key: the key for dropout; None: no dropout.
 
         Raises:
             ModelInputError: the sequence is longer than the position table, or an argument does not fit.
         """
-        self._check(tokens, attention_mask, token_types, positions)
+        self._check(tokens, attention_mask, token_types, positions, prefix)
         rngs = None if key is None else {"dropout": key}
         out = self.module(train=key is not None).apply(
-            {"params": params}, tokens, attention_mask, token_types, positions, rngs=rngs)
+            {"params": params}, tokens, attention_mask, token_types, positions, prefix, rngs=rngs)
         return cast(Output, out)
 
-    def _check(self, tokens: Any, attention_mask: Any, token_types: Any, positions: Any) -> None:
+    def _check(self, tokens: Any, attention_mask: Any, token_types: Any, positions: Any, prefix: Any) -> None:
         c, shape = self.config, tuple(jnp.shape(tokens))
         if len(shape) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
             raise ModelInputError(f"tokens must be integer ids [B, T], found {jnp.result_type(tokens)} {shape}")
-        if shape[1] > c.max_length:
-            raise ModelInputError(f"a sequence of {shape[1]} tokens is longer than the {c.max_length} positions of "
+        check_pair("prefix", prefix, c.layers, shape[0], c.heads, c.head_size)
+        length = shape[1] + (0 if prefix is None else int(jnp.shape(prefix[0])[2]))
+        if length > c.max_length:
+            raise ModelInputError(f"a sequence of {length} tokens is longer than the {c.max_length} positions of "
                                   "this model; truncate it")
         masks = [shape] if c.task == "embedding" and c.pooling == "mean" else [shape, (*shape, shape[1])]
         for name, value, allowed in (("attention_mask", attention_mask, masks), ("token_types", token_types, [shape]),

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jpeft.errors import ModelConfigError, nearest
+from jpeft.errors import ModelConfigError, ModelInputError, nearest
 
 
 def _lean(fn: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
@@ -208,9 +208,34 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Arra
     return attend(query, [Part(key, value, mask)], dropout=dropout, rng=rng)
 
 
-def visible(attention_mask: jax.Array | None) -> jax.Array | None:
-    """Turn `[B, S]` or `[B, T, S]`, 1 = visible, into the bool mask `[B, 1, 1 or T, S]` of `attention`."""
+def check_pair(name: str, pair: Any, layers: int, batch: int, heads: int, size: int) -> None:
+    """Raise `ModelInputError` unless `pair` is None, or a key and a value `[L, B or 1, P, K, d]`."""
+    if pair is None:
+        return
+    found = [tuple(jnp.shape(p)) for p in pair]
+    fits = len(found) == 2 and found[0] == found[1] and len(found[0]) == 5
+    if not fits or (found[0][0], *found[0][3:]) != (layers, heads, size) or found[0][1] not in (1, batch):
+        raise ModelInputError(f"{name} has shapes {found}, must be a key and a value [{layers}, {batch} or 1, P, "
+                              f"{heads}, {size}]")
+
+
+def behind(prefix: tuple[jax.Array, jax.Array] | None, key: jax.Array,
+           value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return keys and values `[B, P + S, K, d]`: those of a prefix `[B or 1, P, K, d]`, and `[B, S, K, d]`."""
+    if prefix is None:
+        return key, value
+
+    def joined(first: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.concatenate([jnp.broadcast_to(first.astype(x.dtype), (len(x), *first.shape[1:])), x], axis=1)
+
+    return joined(prefix[0], key), joined(prefix[1], value)
+
+
+def visible(attention_mask: jax.Array | None, prefix: int = 0) -> jax.Array | None:
+    """Turn `[B, S]` or `[B, T, S]`, 1 = visible, into the bool mask `[B, 1, 1 or T, P + S]` of `attention`."""
     if attention_mask is None:
         return None
     mask = jnp.asarray(attention_mask).astype(bool)
+    if prefix:
+        mask = jnp.pad(mask, (*((0, 0),) * (mask.ndim - 1), (prefix, 0)), constant_values=True)
     return mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -15,13 +16,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jpeft.errors import ModelInputError
 from jpeft.models import cache as caches
 from jpeft.models.cache import Cache
-from jpeft.models.layers import ACTIVATIONS, REMAT, RmsNorm, choose, stacked
+from jpeft.models.layers import ACTIVATIONS, REMAT, RmsNorm, behind, check_pair, choose, stacked, visible
 from jpeft.models.loss import chunked_cross_entropy
 from jpeft.models.model import Model
 from jpeft.models.output import Output
 from jpeft.models.t5_config import T5Config
 
 Pair = tuple[jax.Array, jax.Array]
+Prefix = Mapping[str, Pair]
 
 
 class T5Cache(NamedTuple):
@@ -64,6 +66,10 @@ def buckets_of(distance: jax.Array, both: bool, buckets: int, furthest: int) -> 
     return start + jnp.where(far < exact, far, wide)
 
 
+def _length(prefix: Pair | None) -> int:
+    return 0 if prefix is None else int(prefix[0].shape[2])
+
+
 class _Block(nn.Module):
     """A module that knows the configuration, the dtype of compute, and whether it drops."""
 
@@ -88,8 +94,11 @@ class Attention(_Block):
 
     @nn.compact
     def __call__(self, x: jax.Array, source: jax.Array | None, before: Pair | None, bias: jax.Array | None,
-                 mask: jax.Array | None) -> tuple[jax.Array, Pair]:
-        """`source` is where new keys come from (None: there are none), `before` are those that exist already."""
+                 mask: jax.Array | None, prefix: Pair | None = None) -> tuple[jax.Array, Pair]:
+        """`source` is where new keys come from (None: there are none), `before` are those that exist already.
+
+        The keys and values that are returned are those without the prefix.
+        """
         c, width = self.config, self.config.hidden_size
         query = self.dense((c.heads, c.head_size), "query", (width * c.head_size) ** -0.5)(x)
         pair = before
@@ -101,6 +110,7 @@ class Attention(_Block):
         if source is not None and before is not None:
             keys, values = (jnp.concatenate([old.astype(new.dtype), new], axis=1)
                             for old, new in zip(before, pair, strict=True))
+        keys, values = behind(prefix, keys, values)
         mixed = self._mix(checkpoint_name(query, "query"), checkpoint_name(keys, "key"),
                           checkpoint_name(values, "value"), bias, mask)
         out = self.dense(width, "out", (c.heads * c.head_size) ** -0.5, axis=(-2, -1))
@@ -133,10 +143,11 @@ class EncoderLayer(_Block):
     """One layer of the encoder; the body of a scan."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, bias: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, prefix: Pair | None, bias: jax.Array,
+                 mask: jax.Array | None) -> tuple[jax.Array, None]:
         args = (self.config, self.dtype, self.train)
         inner = self.norm(x, "attention_norm")
-        mixed, _ = Attention(*args, name="attention")(inner, inner, None, bias, mask)
+        mixed, _ = Attention(*args, name="attention")(inner, inner, None, bias, mask, prefix)
         x = x + self.drop(checkpoint_name(mixed, "attention_out"))
         inner = Mlp(*args, name="mlp")(self.norm(x, "mlp_norm"))
         return x + self.drop(checkpoint_name(inner, "mlp_out")), None
@@ -146,14 +157,15 @@ class DecoderLayer(_Block):
     """One layer of the decoder; the body of a scan. Its second output are its keys and values: own, and encoded."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, before: Pair | None, encoded: Pair | None, memory: jax.Array | None,
-                 bias: jax.Array, mask: jax.Array, seen: jax.Array | None) -> tuple[jax.Array, tuple[Pair, Pair]]:
+    def __call__(self, x: jax.Array, before: Pair | None, encoded: Pair | None, prefix: Prefix,
+                 memory: jax.Array | None, bias: jax.Array, mask: jax.Array,
+                 seen: jax.Array | None) -> tuple[jax.Array, tuple[Pair, Pair]]:
         args = (self.config, self.dtype, self.train)
         inner = self.norm(x, "attention_norm")
-        mixed, own = Attention(*args, name="attention")(inner, inner, before, bias, mask)
+        mixed, own = Attention(*args, name="attention")(inner, inner, before, bias, mask, prefix.get("decoder"))
         x = x + self.drop(checkpoint_name(mixed, "attention_out"))
         inner = self.norm(x, "cross_norm")
-        mixed, pair = Attention(*args, name="cross")(inner, memory, encoded, None, seen)
+        mixed, pair = Attention(*args, name="cross")(inner, memory, encoded, None, seen, prefix.get("cross"))
         x = x + self.drop(mixed)
         inner = Mlp(*args, name="mlp")(self.norm(x, "mlp_norm"))
         return x + self.drop(checkpoint_name(inner, "mlp_out")), (own, pair)
@@ -175,12 +187,11 @@ class Encoder(_Stack):
     """Embedded tokens `[B, S, D]` to the encoded text `[B, S, D]`."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        c, place = self.config, jnp.arange(x.shape[1])
-        bias = self.biases(place[None] - place[:, None], True)
-        layers = stacked(EncoderLayer, c.layers, self.remat, (nn.broadcast, nn.broadcast))
-        x, _ = layers(c, self.dtype, self.train, name="layers")(
-            self.drop(x), bias, None if mask is None else mask[:, None, None])
+    def __call__(self, x: jax.Array, mask: jax.Array | None, prefix: Pair | None) -> jax.Array:
+        c, place, ahead = self.config, jnp.arange(x.shape[1]), _length(prefix)
+        bias = self.biases(jnp.arange(-ahead, x.shape[1])[None] - place[:, None], True)
+        layers = stacked(EncoderLayer, c.layers, self.remat, (0, nn.broadcast, nn.broadcast))
+        x, _ = layers(c, self.dtype, self.train, name="layers")(self.drop(x), prefix, bias, visible(mask, ahead))
         return self.drop(self.norm(x, "norm"))
 
 
@@ -189,23 +200,23 @@ class Decoder(_Stack):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, memory: jax.Array | None, seen: jax.Array | None,
-                 own: Cache | None, encoded: Pair | None) -> tuple[jax.Array, tuple[Pair, Pair]]:
-        c, new = self.config, jnp.arange(x.shape[1])
+                 own: Cache | None, encoded: Pair | None, prefix: Prefix) -> tuple[jax.Array, tuple[Pair, Pair]]:
+        c, new, ahead = self.config, jnp.arange(x.shape[1]), _length(prefix.get("decoder"))
         old = jnp.zeros((0,), jnp.int32) if own is None else own.numbers()
         place = new if own is None else new + own.length
-        distance = jnp.concatenate([old, place])[None] - place[:, None]
+        distance = jnp.concatenate([jnp.arange(-ahead, 0), old, place])[None] - place[:, None]
         bias = self.biases(distance, False)
-        known = jnp.concatenate([old >= 0, jnp.ones_like(new, bool)])
-        visible = ((distance <= 0) & known)[None]
+        known = jnp.concatenate([jnp.ones(ahead, bool), old >= 0, jnp.ones_like(new, bool)])
+        open_to = ((distance <= 0) & known)[None]
         if mask is not None or own is not None:
             mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
             keys = mask if own is None else jnp.concatenate([own.mask, mask], axis=1)
-            visible = visible & keys[:, None]
-        layers = stacked(DecoderLayer, c.decoder_layers, self.remat, (0, 0, *[nn.broadcast] * 4))
+            open_to = open_to & jnp.pad(keys, ((0, 0), (ahead, 0)), constant_values=True)[:, None]
+        layers = stacked(DecoderLayer, c.decoder_layers, self.remat, (0, 0, 0, *[nn.broadcast] * 4))
         before = None if own is None else (own.key, own.value)
         x, pairs = layers(c, self.dtype, self.train, name="layers")(
-            self.drop(x), before, encoded, memory, bias, visible[:, None],
-            None if seen is None else seen[:, None, None])
+            self.drop(x), before, encoded, prefix, memory, bias, open_to[:, None],
+            visible(seen, _length(prefix.get("cross"))))
         return self.drop(self.norm(x, "norm")), pairs
 
 
@@ -218,7 +229,9 @@ class T5Module(_Block):
     def __call__(self, tokens: jax.Array | None, attention_mask: jax.Array | None = None,
                  decoder_tokens: jax.Array | None = None, decoder_mask: jax.Array | None = None,
                  cache: Cache | T5Cache | None = None, labels: jax.Array | None = None,
-                 label_weights: jax.Array | None = None) -> Output:
+                 label_weights: jax.Array | None = None, prefix: Prefix | None = None) -> Output:
+        prefix = {} if prefix is None else dict(prefix)
+        first = prefix.pop("encoder", None)
         c, args = self.config, (self.config, self.dtype, self.train, self.remat)
         words = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, embedding_init=nn.initializers.normal(1.0),
                          name="embed")
@@ -229,13 +242,13 @@ class T5Module(_Block):
             encoded, seen = (cache.key, cache.value), cache.mask
         else:
             assert tokens is not None
-            memory = Encoder(*args, name="encoder")(words(tokens), seen)
+            memory = Encoder(*args, name="encoder")(words(tokens), seen, first)
         if decoder_tokens is None:
             decoder_tokens = tokens if labels is None else shifted(labels, c.start_id, c.pad_id)
         assert decoder_tokens is not None
         mask = None if decoder_mask is None else jnp.asarray(decoder_mask).astype(bool)
         hidden, (pair, cross) = Decoder(*args, name="decoder")(
-            words(decoder_tokens), mask, memory, seen, own, encoded)
+            words(decoder_tokens), mask, memory, seen, own, encoded, prefix)
         if own is not None:
             mask = jnp.ones(decoder_tokens.shape, bool) if mask is None else mask
             seen = jnp.ones(cross[0].shape[1:3], bool) if seen is None else seen
@@ -312,7 +325,8 @@ class T5(Model):
     def apply(self, params: Any, tokens: jax.Array | None, attention_mask: jax.Array | None = None,
               decoder_tokens: jax.Array | None = None, decoder_mask: jax.Array | None = None,
               cache: Cache | T5Cache | None = None, labels: jax.Array | None = None,
-              label_weights: jax.Array | None = None, *, key: jax.Array | None = None) -> Output:
+              label_weights: jax.Array | None = None, prefix: Prefix | None = None,
+              *, key: jax.Array | None = None) -> Output:
         """Run the model.
 
         Args:
@@ -324,6 +338,9 @@ class T5(Model):
             cache: what `empty_cache` or the last call returned; the result has it with the new tokens.
             labels: ids `[B, T]` that the decoder should write, at their own places. Negative ones count for nothing.
             label_weights: of the labels, `[B, T]`; None: 1.
+            prefix: `(key, value)`, each `[L, B or 1, P, H, d]`, of the attention in the "encoder", of that of the
+                "decoder" among its own tokens, and of the "cross" attention: what all tokens see there, beside the
+                others. They do not enter the cache: give them to every call.
             key: the key for dropout; None: no dropout.
 
         Returns:
@@ -333,10 +350,20 @@ class T5(Model):
             ModelInputError: an argument does not fit the model or another argument.
         """
         self._check(tokens, attention_mask, decoder_tokens, decoder_mask, cache, labels, label_weights)
+        seen: Any = cache.mask if tokens is None and cache is not None else tokens
+        self._check_prefix(prefix, jnp.shape(seen)[0])
         rngs = None if key is None else {"dropout": key}
         out = self.module(train=key is not None).apply({"params": params}, tokens, attention_mask, decoder_tokens,
-                                                       decoder_mask, cache, labels, label_weights, rngs=rngs)
+                                                       decoder_mask, cache, labels, label_weights, prefix, rngs=rngs)
         return cast(Output, out)
+
+    def _check_prefix(self, prefix: Any, batch: int) -> None:
+        c = self.config
+        for part, pair in (prefix or {}).items():
+            if part not in ("encoder", "decoder", "cross"):
+                raise ModelInputError(f"prefix has {part!r}, must have some of 'encoder', 'decoder' and 'cross'")
+            layers = c.layers if part == "encoder" else c.decoder_layers
+            check_pair(f"prefix[{part!r}]", pair, layers, batch, c.heads, c.head_size)
 
     def _check(self, tokens: Any, mask: Any, decoder_tokens: Any, decoder_mask: Any, cache: Any, labels: Any,
                weights: Any) -> None:

@@ -146,6 +146,28 @@ def test_rows_of_the_vocabulary() -> None:
         make(7)
 
 
+@pytest.mark.parametrize(("init", "ids", "want"), [
+    ("text", (4, 2), [4, 2, 4, 2]), ("text", (1, 2, 3, 4, 5), [1, 2, 3, 4]),
+    ("labels", ((4,), (2, 5, 5), (0, 1), (3,)), [4, 4, 0.5, 3])])  # fmt: skip
+def test_rows_of_given_tokens(init: str, ids: Any, want: list[float]) -> None:
+    """A text, repeated or cut; the mean of each class's rows. Row i of the table is (i, 10 i)."""
+    params = {"embed": jnp.arange(6.0)[:, None] * jnp.asarray([[1.0, 10.0]])}
+    plan = jpeft.plan(lambda p, i: p["embed"][i], params, (jnp.zeros((1, 3), jnp.int32),),
+                      {"embed": jpeft.PromptTuning(4, init, ids)}, tokens=TOKENS)
+    p = jpeft.init(plan, params, jax.random.key(0))[0]["embed"]["p"]
+    assert_close(p, jnp.asarray(want)[:, None] * jnp.asarray([[1.0, 10.0]]), 1e-6)
+    assert jpeft.Plan.from_json(plan.to_json()) == plan
+
+
+def test_classes_before_random_rows() -> None:
+    params = {"embed": jnp.arange(12.0).reshape(6, 2)}
+    plan = jpeft.plan(lambda p, i: p["embed"][i], params, (jnp.zeros((1, 3), jnp.int32),),
+                      {"embed": jpeft.PromptTuning(3, "labels", ((5,),))}, tokens=TOKENS)
+    p = jpeft.init(plan, params, jax.random.key(0))[0]["embed"]["p"]
+    assert p[0].tolist() == [10.0, 11.0]
+    assert {tuple(row) for row in p[1:].tolist()} < {(2.0 * i, 2.0 * i + 1) for i in range(6)}
+
+
 def plan_of(rules: Any) -> jpeft.Plan:
     return jpeft.plan(encoder, make_params(), make_inputs()[:1], rules, tokens=TOKENS)
 
@@ -160,7 +182,17 @@ MISTAKES = {
                          MethodConfigError, "0 <= start < stop <= 16"),
     "no tokens": (lambda: jpeft.PromptTuning(length=0), MethodConfigError, "use 1 or more virtual tokens"),
     "unknown prompt": (lambda: jpeft.PromptTuning(init_weights="zero"), MethodConfigError, "random, vocabulary"),
-    "unknown prefix": (lambda: jpeft.PrefixTuning(init_weights="vocabulary"), MethodConfigError, "random, zero"),
+    "unknown prefix": (lambda: jpeft.PrefixTuning(init_weights="vocabulary"), MethodConfigError, "random, zero, text"),
+    "no text": (lambda: jpeft.PromptTuning(init_weights="text"), MethodConfigError, r"as \(3, 4, 5\)"),
+    "a text of classes": (lambda: jpeft.PromptTuning(init_weights="text", init_ids=((1,),)), MethodConfigError, "3, 4"),
+    "an empty class": (lambda: jpeft.PromptTuning(init_weights="labels", init_ids=((),)), MethodConfigError, "class"),
+    "more classes": (lambda: jpeft.PromptTuning(1, "labels", ((1,), (2,))), MethodConfigError, "at most 1"),
+    "ids without use": (lambda: jpeft.PromptTuning(init_ids=(1,)), MethodConfigError, "no init_ids with it"),
+    "ids outside": (lambda: plan_of({"embed": jpeft.PromptTuning(2, "text", (3, V))}), MethodConfigError,
+                    rf"the ids \[{V}\], .* from 0 to {V - 1}"),
+    "no encoder": (lambda: jpeft.PrefixTuning(encoder_hidden_size=4), MethodConfigError, "prefix_projection=True"),
+    "encoded text": (lambda: jpeft.PrefixTuning(init_weights="text", prefix_projection=True), MethodConfigError,
+                     "comes out of the encoder"),
 }
 
 
