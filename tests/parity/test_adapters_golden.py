@@ -1,8 +1,9 @@
-"""Bottleneck adapters against AdapterHub's `adapters` on torch: recorded outputs and gradients.
+"""Bottleneck adapters, prefixes and MAM against AdapterHub's `adapters` on torch: recorded outputs and gradients.
 
 See `adapters_golden.py`. What that library does otherwise: in its `SeqBnConfig` an adapter reads what comes out of the
 layer norm behind its projection, where `Pfeiffer` reads what comes out of the projection (the row sets
-`original_ln_before=False`), and its `gelu` is the exact one.
+`original_ln_before=False`); its `gelu` is the exact one; real tokens keep their positions behind a prefix, where here
+they move on, as behind a cache in transformers (the rows pass positions that begin at -V).
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import pytest
 pytest.importorskip("flax", reason="needs flax, which the models are written in")
 
 from models.encoder_cases import inputs, write
-from parity.adapters_golden import CASE, GOLDEN, draw, weights
+from parity.adapters_golden import CASE, GOLDEN, ROWS, draw, weights
 from support import assert_close
 
 import jpeft
 from jpeft.interop.pretrained import from_pretrained
 
 OUT, DOWN = "layers/attention/out/kernel", "layers/mlp/down/kernel"
+KEY, VALUE = "layers/attention/key/kernel", "layers/attention/value/kernel"
 PLACES = {OUT: "attention.output.adapters", DOWN: "output.adapters"}
 Numbers = Mapping[str, np.ndarray]
 
@@ -57,12 +59,18 @@ def products(numbers: Numbers, path: str) -> dict[str, np.ndarray]:
                for ours, theirs in (("s", "left"), ("t", "right"))}}
 
 
+def prefix(numbers: Numbers, path: str) -> dict[str, np.ndarray]:
+    """`[V, layers, key or value, H, K]` in one vector."""
+    flat = next(v for k, v in numbers.items() if k.endswith("control_trans"))
+    return {"p": flat.reshape(3, 2, 2, 2, 8)[:, :, int(path == VALUE)].swapaxes(0, 1)}
+
+
 def beside(learned: bool = False) -> jpeft.ParallelAdapter:
     return jpeft.ParallelAdapter(bottleneck=4, input_of="../up/kernel", scaling=2.0, learned=learned)
 
 
 Theta = Callable[[Numbers, str], dict[str, np.ndarray]]
-HOULSBY = jpeft.Houlsby(bottleneck=4)
+HOULSBY, PREFIX = jpeft.Houlsby(bottleneck=4), jpeft.PrefixTuning(length=3)
 COMPACTER = jpeft.Compacter(bottleneck=4, phm_dim=2)
 OURS: dict[str, dict[str, tuple[jpeft.Method, Theta]]] = {
     "houlsby": {OUT: (HOULSBY, bottleneck), DOWN: (HOULSBY, bottleneck)},
@@ -71,6 +79,8 @@ OURS: dict[str, dict[str, tuple[jpeft.Method, Theta]]] = {
     "parallel": {DOWN: (beside(), bottleneck)},
     "learned": {DOWN: (beside(learned=True), learned)},
     "compacter": {OUT: (COMPACTER, products), DOWN: (COMPACTER, products)},
+    "prefix": {KEY: (PREFIX, prefix), VALUE: (PREFIX, prefix)},
+    "mam": {KEY: (PREFIX, prefix), VALUE: (PREFIX, prefix), DOWN: (beside(), bottleneck)},
 }
 
 
@@ -86,12 +96,15 @@ def recorded() -> Any:
 
 
 @pytest.mark.parametrize("row", [
-    pytest.param(name, marks=() if name == "houlsby" else pytest.mark.slow) for name in OURS])
+    pytest.param(name, marks=() if name == "mam" else pytest.mark.slow) for name in ROWS])
 def test_equals_the_recorded_outputs(model: Any, recorded: Any, row: str) -> None:
     (encoder, params), batch = model, inputs(CASE)
     base = encoder.apply(params, **batch).hidden
     rules = {path: method for path, (method, _) in OURS[row].items()}
-    plan = jpeft.plan(encoder.apply, params, (), rules, example_kwargs=batch)
+    tokens = jpeft.Tokens(ids="tokens", mask="attention_mask", positions="positions")
+    if KEY in rules:
+        batch["positions"] = np.broadcast_to(np.arange(9, dtype=np.int32) - 3, (3, 9))
+    plan = jpeft.plan(encoder.apply, params, (), rules, example_kwargs=batch, tokens=tokens)
     start, frozen = jpeft.init(plan, params, jax.random.key(0))
     slope = {k.removeprefix(f"{row}|"): recorded[k] for k in recorded.files if k.startswith(f"{row}|")}
     value = {name: draw(row, name, grad.shape) for name, grad in slope.items()}
