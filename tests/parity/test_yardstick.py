@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from parity import batchfile, compare, yardstick
 from parity.batchfile import Batch, BatchFile
-from parity.compare import Gain, Result, gain
+from parity.compare import Result
 from parity.memory import Memory
+
+from jpeft.train.bootstrap import Gain, gain
 
 
 def test_bootstrap_of_equals_is_zero() -> None:
