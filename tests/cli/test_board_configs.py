@@ -12,14 +12,17 @@ import pytest
 pytest.importorskip("pydantic", reason="needs the packages of jpeft[train]")
 
 from jpeft.cli.board import config
-from jpeft.cli.board.config import Board, Run
+from jpeft.cli.board.config import Run
 from jpeft.cli.rules import METHODS, rates, to_methods, tokens_for
 from jpeft.core import planning
+from jpeft.models.decoder import Decoder
+from jpeft.models.decoder_config import DecoderConfig
 from jpeft.models.encoder import Encoder, EncoderConfig
+from jpeft.models.rope import Rope
 
 ROOT = Path(__file__).resolve().parents[2]
 BOARDS = sorted((ROOT / "configs").glob("compare_*.yaml"))
-MINILM = config.load(ROOT / "configs" / "compare_minilm.yaml")
+MINILM, SMOLLM2 = (config.load(ROOT / "configs" / f"compare_{name}.yaml") for name in ("minilm", "smollm2"))
 WHOLE = {"full", "diff_pruning"}  # entries that are not small
 
 
@@ -63,10 +66,13 @@ def encoder() -> tuple[Any, Any]:
     return model, jax.eval_shape(lambda: model.init(jax.random.key(0)))
 
 
-def plan(board: Board, entry: str, encoder: tuple[Any, Any]) -> Any:
+@pytest.mark.parametrize("entry", [
+    pytest.param(name, marks=() if name in ("head", "lora", "prefix") else pytest.mark.slow)
+    for name in MINILM.config.entries])
+def test_entry_fits_minilm_and_is_small(entry: str, encoder: tuple[Any, Any]) -> None:
     model, params = encoder
-    job = board.jobs[Run("rotten_tomatoes", entry, 0)]
-    methods = to_methods(job.rules)
+    rules = MINILM.jobs[Run("rotten_tomatoes", entry, 0)].rules
+    methods = to_methods(rules)
     ids = jax.ShapeDtypeStruct((4, 8), jnp.int32)
 
     def logits(params: Any, tokens: Any, attention_mask: Any, token_types: Any) -> Any:
@@ -74,14 +80,30 @@ def plan(board: Board, entry: str, encoder: tuple[Any, Any]) -> Any:
 
     made = planning.plan(logits, params, (ids,), methods, example_kwargs={"attention_mask": ids, "token_types": ids},
                          tokens=tokens_for(methods, True))
-    assert rates(job.rules, made)["pooler/kernel"] == 1e-3
-    return made
+    assert rates(rules, made)["pooler/kernel"] == 1e-3
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert total == 22_713_986
+    assert (made.count() < 0.02 * total) == (entry not in WHOLE)
+
+
+def test_smollm2_has_the_methods_of_a_causal_model() -> None:
+    assert config.methods(SMOLLM2.config) == {
+        "LoRA", "DoRA", "IA3", "PrefixTuning", "PromptTuning", "Houlsby", "OFT", "VeRA", "LayerNormTuning"}
 
 
 @pytest.mark.parametrize("entry", [
-    pytest.param(name, marks=() if name in ("head", "lora", "prefix") else pytest.mark.slow)
-    for name in MINILM.config.entries])
-def test_entry_fits_minilm_and_is_small(entry: str, encoder: tuple[Any, Any]) -> None:
-    made = plan(MINILM, entry, encoder)
-    total = sum(leaf.size for leaf in jax.tree.leaves(encoder[1]))
-    assert (made.count() < 0.02 * total) == (entry not in WHOLE)
+    pytest.param(name, marks=() if name == "ia3" else pytest.mark.slow) for name in SMOLLM2.config.entries])
+def test_entry_fits_smollm2(entry: str) -> None:
+    model = Decoder(DecoderConfig(vocab_size=49152, hidden_size=576, layers=30, heads=9, kv_heads=3, head_size=64,
+                                  mlp_size=1536, positions=8192, rope=Rope(), tied=True))
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+    methods = to_methods(SMOLLM2.jobs[Run("sentiment", entry, 0)].rules)
+    ids, weights = (jax.ShapeDtypeStruct((4, 8), dtype) for dtype in (jnp.int32, jnp.float32))
+    packed = {} if any(m.virtual_tokens for m in methods.values()) else {"positions": ids, "segment_ids": ids}
+
+    def loss(params: Any, tokens: Any, **named: Any) -> Any:
+        return model.apply(params, tokens, **named).loss
+
+    made = planning.plan(loss, params, (ids,), methods, tokens=tokens_for(methods, False), example_kwargs={
+        "attention_mask": ids, **packed, "labels": ids, "label_weights": weights})
+    assert 0 < made.count() < 0.03 * sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -44,7 +44,7 @@ def test_bootstrap_is_paired() -> None:
 
 
 def test_bootstrap_of_other_examples() -> None:
-    with pytest.raises(ValueError, match="same test examples, found 4 and 5"):
+    with pytest.raises(ValueError, match="accuracies on 4 and 5 rows cannot be paired"):
         gain(np.ones(4), np.ones(5))
 
 
