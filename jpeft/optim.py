@@ -1,16 +1,20 @@
-"""What Optax must know of adapter parameters: which to decay, how to group them, and LoRA+."""
+"""What Optax must know of adapter parameters: which to decay, how to group them, LoRA+, and schedules of methods."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from jpeft.core.method import Method, Schedule, Theta
 from jpeft.core.partition import Pattern, first_match, is_hole
 from jpeft.core.paths import flatten
-from jpeft.errors import NoMatchError
+from jpeft.core.plan import Entry, Plan
+from jpeft.errors import CallError, NoMatchError
 
 _VECTORS = frozenset({"m", "l", "s", "g", "d", "e", "la", "lb", "lambda", "gamma", "scale", "bias", "gate", "magnitude",
                       "alpha", "nothing"})
@@ -127,6 +131,84 @@ def lora_plus(
     fast = faster if callable(learning_rate) else ratio * learning_rate
     groups = {"b": base(fast, **options), "rest": base(learning_rate, **options)}
     return optax.partition(groups, _lora_labels if trainable is None else _lora_labels(trainable))
+
+
+class Scheduled(NamedTuple):
+    """State of `scheduled`: how many updates are done, the optimiser's state, and those of the methods."""
+
+    step: jax.Array
+    inner: Any
+    methods: tuple[Any, ...]
+
+
+class _Group(NamedTuple):
+    """The leaves of one class of methods: `(path, what the letters begin with, entry)`, and what happens to them."""
+
+    members: tuple[tuple[str, str, Entry], ...]
+    schedule: Schedule
+
+    def view(self, tree: Mapping[str, Theta]) -> dict[str, Theta]:
+        return {e.path: {k.removeprefix(start): v for k, v in tree[path].items() if k.startswith(start)}
+                for path, start, e in self.members}
+
+
+def scheduled(tx: optax.GradientTransformation, plan: Plan, total_steps: int) -> optax.GradientTransformation:
+    """Return `tx` with what the plan's methods do between steps: AdaLoRA drops the ranks that matter least.
+
+    It is `tx` itself where no method does anything. All of it happens in `update`, under jit, without another trace;
+    the state is part of the optimiser's, so a checkpoint holds it.
+
+    Args:
+        tx: the whole optimiser, clipping included.
+        plan: made for the parameters that are trained; a method may be part of a `Chain`.
+        total_steps: number of updates of the training.
+
+    Raises:
+        MethodConfigError: a method's schedule does not fit the training.
+        CallError: (in `update`) the parameters are not given.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jpeft, optax
+        >>> params = {"w": jnp.ones((8, 4))}
+        >>> rules = {"w": jpeft.AdaLoRA(init_r=3, target_r=1)}
+        >>> plan = jpeft.plan(lambda p, x: x @ p["w"], params, (jnp.ones((2, 8)),), rules)
+        >>> trainable, _ = jpeft.init(plan, params, jax.random.key(0))
+        >>> tx = scheduled(optax.sgd(0.1), plan, total_steps=1)
+        >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, trainable), tx.init(trainable), trainable)
+        >>> int(jnp.count_nonzero(optax.apply_updates(trainable, updates)["w"]["e"]))
+        1
+    """
+    kinds: dict[type[Method], list[tuple[str, str, Entry]]] = {}
+    for e in plan.entries:
+        for start, part in e.method.parts:
+            site = dataclasses.replace(e.site, path=f"{e.path}/{start}") if start else e.site
+            kinds.setdefault(type(part), []).append((e.path, start, Entry(site, part, e.layers)))
+    found = [(members, kind.schedule([e for *_, e in members], total_steps)) for kind, members in kinds.items()]
+    groups = [_Group(tuple(members), made) for members, made in found if made is not None]
+    if not groups:
+        return tx
+
+    def init(trainable: Any) -> Scheduled:
+        return Scheduled(jnp.zeros((), jnp.int32), tx.init(trainable),
+                         tuple(g.schedule.init(g.view(trainable)) for g in groups))
+
+    def update(grads: Any, state: Scheduled, trainable: Any = None) -> tuple[Any, Scheduled]:
+        if trainable is None:
+            raise CallError("update got no parameters, and a method of the plan changes them between steps; call "
+                            "tx.update(grads, state, trainable)")
+        updates, inner = tx.update(grads, state.inner, trainable)
+        after, step, states = optax.apply_updates(trainable, updates), state.step + 1, []
+        updates = {path: dict(theta) for path, theta in updates.items()}
+        for g, old in zip(groups, state.methods, strict=True):
+            drop, new = g.schedule.update(g.view(after), g.view(grads), old, step)
+            states.append(new)
+            for path, start, e in g.members:
+                for letter, gone in drop[e.path].items():
+                    k = f"{start}{letter}"
+                    updates[path][k] = jnp.where(gone, -trainable[path][k], updates[path][k])
+        return updates, Scheduled(step, inner, tuple(states))
+
+    return optax.GradientTransformation(init, update)
 
 
 def _lora_labels(trainable: Any) -> Any:

@@ -57,7 +57,8 @@ def encoder(params: Any, ids: jax.Array, attention_mask: jax.Array | None = None
         dtype: dtype to compute in; None: that of the parameters.
         extra: what the methods that cannot merge must amount to, written into the model: `prompt` `[n, D]`, `key` and
             `value` `[L, n, H, K]` (prefixes), `adapter` and `parallel` (`down`, `b_down`, `up`, `b_up`, `s`, each
-            `[L, ..]`) behind and beside the feed-forward part, `edit` (`w`, `b`, `v`) of the first two tokens.
+            `[L, ..]`) behind and beside the feed-forward part, `term` (`a`, `b`) beside its last kernel, `edit` (`w`,
+            `b`, `v`) of the first two tokens.
     """
     if dtype is not None:
         params, extra = jax.tree.map(lambda w: w.astype(dtype), (params, extra))
@@ -90,6 +91,8 @@ def encoder(params: Any, ids: jax.Array, attention_mask: jax.Array | None = None
         mlp = _norm(h, p["mlp_norm"])
         x = jax.nn.gelu(mlp @ p["up"]["kernel"] + p["up"]["bias"])
         y = x @ p["down"]["kernel"] + p["down"]["bias"]
+        if "term" in more:
+            y = y + x @ more["term"]["a"] @ more["term"]["b"]
         if "adapter" in more:
             a = more["adapter"]
             y = y + a.get("s", 1) * (jax.nn.gelu(y @ a["down"] + a["b_down"]) @ a["up"] + a["b_up"])
@@ -244,6 +247,13 @@ CASES = [
     Case("adalora", {QV: jpeft.AdaLoRA(init_r=3, target_r=2)}, 2 * L * 3 * (D + H * K + 1), lambda m: (m, IA3),
          tier="slow"),
     Case("lora-fa", {QV: jpeft.LoRAFA(rank=2, alpha=4)}, 2 * L * 2 * H * K, lambda m: (m, IA3), tier="slow"),
+    Case("loftq", {QV: jpeft.LoRA(rank=2, init_weights="loftq_iter_2")}, 2 * L * 2 * (D + H * K), lambda m: (m, IA3),
+         tier="slow", exempt={"L1": ("it starts from a weight that is close to the base's",
+                                     "tests/methods/test_loftq.py::test_it_starts_closer_than_by_quantising_alone")}),
+    Case("alora", {"layers/down/kernel": jpeft.ALoRA(rank=2, alpha=2)}, L * 2 * (D + F), lambda m: (LORA, m),
+         lambda theta: {"term": theta["layers/down/kernel"]}, TOKENS, tier="slow"),
+    Case("miss-bat", {"layers/(up|down)/kernel": jpeft.MiSS(rank=4, bat=True)}, L * 4 * (D + F), lambda m: (m, IA3),
+         tier="slow"),
     Case("pissa-fast", {QV: jpeft.LoRA(rank=2, init_weights="pissa_niter_2")}, 2 * L * 2 * (D + H * K),
          lambda m: (m, IA3), tier="slow"),
     Case("vblora", {QV: jpeft.VBLoRA(rank=2, num_vectors=5, vector_length=4)}, 2 * (L * 2 * 2 * 4 * 5 + 5 * 4),

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from importlib.metadata import version
 
 import pytest
 
-# Before JAX starts. A flag that the user has set stays as it is. Level 0 leaves the optimised HLO alone and only
-# saves machine code generation; where speed is the subject, compile with
+# Before JAX starts. A flag that the user has set stays as it is. These leave the optimised HLO alone and only save
+# machine code generation, which is most of the suite's time; where speed is the subject, compile with
 # `lowered.compile(compiler_options={"xla_backend_optimization_level": 3})`.
-_FLAGS = {"--xla_force_host_platform_device_count": "8", "--xla_backend_optimization_level": "0"}
+_FLAGS = {"--xla_force_host_platform_device_count": "8", "--xla_backend_optimization_level": "0",
+          "--xla_llvm_disable_expensive_passes": "true", "--xla_cpu_parallel_codegen_split_count": "1"}
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # the later ones do not know it and would abort
+    _FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
 _user = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join([_user, *(f"{k}={v}" for k, v in _FLAGS.items() if k not in _user)]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import math
+import re
 from typing import Any
 
 import jax
@@ -67,3 +70,23 @@ def assert_close(a: Any, b: Any, tol: float, what: str = "") -> None:
             x, y = jax.random.key_data(x), jax.random.key_data(y)
         error = distance(x, y)
         assert error <= tol, f"{name}: max|a-b|/max|b| = {error:.3g} > {tol:.3g}"
+
+
+def formula_value(method: Any, site: Any) -> int:
+    """Return what a method's `formula` says of the trained values on one leaf, all layers of its stack."""
+    if len(method.parts) > 1:
+        return sum(formula_value(part, site) for _, part in method.parts)
+    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    names = {**fields, "in": site.in_size, "out": site.out_size, "size": math.prod(site.shape) // site.stack_size,
+             **method.numbers(site), "min": min, "len": len}
+    text = re.sub(r"\bin\b", "inputs", method.formula)
+    names["inputs"] = names.pop("in")
+
+    def value(text: str) -> int:
+        found = eval(text, {"__builtins__": {}}, names)
+        assert found == int(found), f"{method} on {site.path}: {text} = {found}"
+        return int(found)
+
+    shared = re.findall(r"\[(.*?)\]", text)
+    own = value(re.sub(r"\[.*?\]", "0", text))
+    return site.stack_size * own + sum(map(value, shared))

@@ -19,7 +19,7 @@ import optax
 import pytest
 from cases import CASES, LORA, SPECS, Case, encoder, make_inputs, make_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from support import assert_close, randomise, x64
+from support import assert_close, formula_value, randomise, x64
 
 import jpeft
 
@@ -116,6 +116,7 @@ def double() -> Iterator[None]:
 def test_closed_form_count(case: Case) -> None:
     r = ready(case, "float32")
     assert r.plan.count() == case.count
+    assert [formula_value(e.method, e.site) for e in r.plan.entries] == [e.count() for e in r.plan.entries]
     assert sum(leaf.size for leaf in jax.tree.leaves(r.start)) == case.count
     assert {leaf.dtype for leaf in jax.tree.leaves(r.start)} == {jnp.dtype("float32")}
     for entry in r.plan.entries:

@@ -155,12 +155,17 @@ def explain(config: ConfigFile, settings: Settings = None) -> None:
         _say(note)
 
 
-@app.command(**_example("jpeft methods"))
-def methods() -> None:
-    """List the methods."""
-    from jpeft.cli import tables
+@app.command(**_example("jpeft methods --markdown"))
+def methods(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table, that of the README.")] = False,
+) -> None:
+    """List the methods: equation, paper, size, and what each can do."""
+    from jpeft.cli import listing, tables
 
-    _console().print(tables.table(tables.LISTED, tables.listed(), left=len(tables.LISTED)))
+    if markdown:
+        _say(listing.document())
+    else:
+        _console().print(tables.table(listing.HEAD, listing.rows(), left=len(listing.HEAD)), listing.NOTE, sep="\n")
 
 
 @app.command(**_example("jpeft compare configs/compare_minilm.yaml --only lora --max-minutes 30"))

@@ -48,8 +48,14 @@ def to_methods(rules: Mapping[str, Mapping[str, Any]]) -> dict[Pattern, Method]:
         rate = rule.get("learning_rate", 1.0)
         if type(rate) not in (int, float) or not 0 < rate < float("inf"):
             raise ConfigError(f"rules.{pattern}.learning_rate = {rate!r} must be a number above 0")
-    return {_pattern(pattern, rule): _method(f"rules.{pattern}", {k: v for k, v in rule.items() if k not in BESIDE})
-            for pattern, rule in rules.items()}
+    found = {_pattern(pattern, rule): _method(f"rules.{pattern}", {k: v for k, v in rule.items() if k not in BESIDE})
+             for pattern, rule in rules.items()}
+    for (pattern, method) in zip(rules, found.values(), strict=True):
+        late = [type(part).__name__ for _, part in method.parts if part.goes_on]
+        if late:
+            raise ConfigError(f"rules.{pattern} has {late[0]}, which acts from a token on that each call names "
+                              "(jpeft.Call(lengths=...)), and a job's rows name none; use LoRA, or a loop of your own")
+    return found
 
 
 def rates(rules: Mapping[str, Mapping[str, Any]], plan: Plan) -> dict[str, float]:

@@ -7,14 +7,12 @@ from collections.abc import Sequence
 import rich.box
 import rich.table
 
-from jpeft.cli.rules import METHODS, described
 from jpeft.cli.runs import RunSummary
 from jpeft.cli.tasks import TASKS
 
 Rows = Sequence[Sequence[str]]
 COMPARED = ("run", "method", "lr", "test accuracy", "trainable", "%", "adapter", "ms/step", "temp memory", "seconds")
 _ALONE = "classification"  # where all runs are of this task, the head of the column says what the number is
-LISTED = ("method", "what it does", "rides on", "default lr", "paper")
 
 
 def size(count: int) -> str:
@@ -45,17 +43,6 @@ def compared(summaries: Sequence[RunSummary]) -> list[list[str]]:
              f"{s.test['accuracy']:.4f}" if alone else TASKS[s.task].headline(s.test), f"{s.trainable_parameters:,}",
              f"{s.percent:.3f}", size(s.adapter_bytes), "-" if s.ms_per_step is None else f"{s.ms_per_step:.1f}",
              size(s.temp_bytes), f"{s.seconds:.0f}"] for s in summaries]
-
-
-def listed() -> list[list[str]]:
-    """Return a row of `LISTED` for each method."""
-    rows = []
-    for name, method in METHODS.items():
-        what, paper = described(name)
-        uses = "what its parts ride on" if name == "Chain" else ", ".join(sorted(method.uses))
-        rate = "smallest of its parts" if name == "Chain" else f"{method.recommended_lr:g}"
-        rows.append([name, what, uses, rate, paper])
-    return rows
 
 
 def markdown(head: Sequence[str], rows: Rows, left: int = 1) -> str:

@@ -35,7 +35,7 @@ def finish(ctx: Context, eqn: Any, leaf: Leaf, y: Any, hooks: Sequence[Any], fea
         if not hooks:
             return [y]
     pairs = tuple((h.fn, hook_theta(h)) for h in hooks)
-    if token is None and any(h.fn.method.positions for h in hooks):
+    if token is None and any(h.fn.positions for h in hooks):
         raise CallError(f"{ctx.where(eqn)} applies {leaf.paths[0]!r} to rows without a token axis, and its method acts "
                         "by position; keep [B, T, ..] there, or let it act on all positions")
     rows = tuple(n for d, n in enumerate(y.shape) if d not in features)

@@ -248,11 +248,17 @@ class Hooked(Op):
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
-    """A method's `hook`, bound to its site and to the first row of its virtual tokens."""
+    """A method's `hook`, bound to its site and to the first row of its virtual tokens; `everywhere`: on all rows."""
 
     method: Any
     site: Any
     start: int = 0
+    everywhere: bool = False
+
+    @property
+    def positions(self) -> bool:
+        """Whether it must know the token axis."""
+        return self.method.positions and not self.everywhere
 
     def __call__(self, theta: Arrays, y: jax.Array) -> jax.Array:
         return self.method.hook(self.site, theta, y, self.start)
@@ -266,10 +272,13 @@ def told(e: Hooked, start: int, real: int, lengths: Any, continued: bool = False
         start: first row of its virtual tokens.
         real: first row of the real tokens.
         lengths: of the texts, or None.
-        continued: the tokens go on after others: hooks that act on virtual tokens or by position have done so there.
+        continued: the tokens go on after others: hooks that act on virtual tokens or by position have done so there,
+            and those that go on act on every row.
     """
     method, theta = e.fn.method, e.theta
     of = told(e.of, start, real, lengths, continued) if isinstance(e.of, Hooked) else e.of
+    if continued and method.goes_on:
+        return dataclasses.replace(e, of=of, fn=dataclasses.replace(e.fn, everywhere=True))
     if continued and (method.virtual_tokens or method.positions):
         return of
     if lengths is not None and "lengths" in method.call:

@@ -10,7 +10,15 @@ from typing import Any
 from jpeft.core.method import Method
 from jpeft.core.paths import layer_index, names
 from jpeft.core.site import Site
-from jpeft.errors import NoMatchError, PlanError, UnsupportedUse, UnusedLeafError, WrongUseError, nearest
+from jpeft.errors import (
+    MethodConfigError,
+    NoMatchError,
+    PlanError,
+    UnsupportedUse,
+    UnusedLeafError,
+    WrongUseError,
+    nearest,
+)
 
 Pattern = Any  # str | Callable[[str, Site], bool] | Layers
 
@@ -160,10 +168,26 @@ def resolve(rules: Mapping[Pattern, Method], exclude: Sequence[Pattern],
             why = "is excluded or " if out else ""
             raise NoMatchError(f"rule {_name(pattern)} matches only what {why}earlier rules have taken; "
                                "put it before them or drop it")
-        for path, limit in fresh.items():
-            _check(path, sites[path], method, pattern)
-            chosen[path] = (method, limit)
+        _check_all(pattern, method, [sites[path] for path in fresh])
+        chosen |= {path: (method, limit) for path, limit in fresh.items()}
     return {p: chosen[p] for p in sites if p in chosen}
+
+
+def _check_all(pattern: Pattern, method: Method, sites: Sequence[Site]) -> None:
+    """Check every leaf of a rule; where a method fits some and not others, say which to leave out."""
+    wrong: dict[str, MethodConfigError] = {}
+    for site in sites:
+        try:
+            _check(site.path, site, method, pattern)
+        except MethodConfigError as error:
+            wrong[site.path] = error
+    if not wrong:
+        return
+    first = next(iter(wrong.values()))
+    if len(wrong) == len(sites):
+        raise first
+    raise MethodConfigError(f"{first}; it fits the other {len(sites) - len(wrong)} leaves of rule {_name(pattern)}: "
+                            f"pass exclude={list(wrong)}, or give them a rule of their own before it") from first
 
 
 def _check(path: str, site: Site, method: Method, pattern: Pattern) -> None:

@@ -8,6 +8,7 @@ frameworks or quantisation. It says three things: which arrays it trains (`init`
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -40,6 +41,19 @@ class Call(NamedTuple):
     continued: Any = None
 
 
+class Schedule(NamedTuple):
+    """What a method does to its trained values between the steps of a training; pure functions for jit.
+
+    Attributes:
+        init: `trainable -> state`, a pytree of arrays, before the first step.
+        update: `(trainable, grads, state, step) -> (drop, state)`, after an update of the optimiser: `drop` is
+            `{path: {letter: bool array}}`, the values that become zero; `step` counts from 1.
+    """
+
+    init: Callable[[dict[str, Theta]], Any]
+    update: Callable[[dict[str, Theta], dict[str, Theta], Any, Any], tuple[dict[str, dict[str, Any]], Any]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """Base class: every hook with its default. `uses` and `init` and `build` are what most methods write.
@@ -48,14 +62,22 @@ class Method:
         uses: the uses of a leaf that the method can ride on.
         call: the fields of `Call` that the method reads.
         hooks: the method changes the output of the leaf's contraction, not the leaf.
+        goes_on: of a method that acts by position: it acts on every token of a continued call; others are left out.
         recommended_lr: a sensible default learning rate for Adam.
+        formula: the number of trained values of one leaf (of one layer of a stack), in Python's arithmetic over the
+            method's fields, `in`, `out`, `size` (values of the leaf) and the letters of `numbers`. What layers of a
+            stack share stands in square brackets.
+        peft_type: what Hugging Face PEFT calls the method, if it has it.
     """
 
     registry: ClassVar[dict[str, type[Method]]] = {}
     uses: ClassVar[frozenset[str]] = frozenset({"linear"})
     call: ClassVar[frozenset[str]] = frozenset()
     hooks: ClassVar[bool] = False
+    goes_on: ClassVar[bool] = False
     recommended_lr: ClassVar[float] = 1e-3
+    formula: ClassVar[str] = ""
+    peft_type: ClassVar[str | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -84,6 +106,16 @@ class Method:
         """All of them, of a method that holds others."""
         path = self.source(site)
         return () if path is None else (path,)
+
+    @property
+    def leads(self) -> bool:
+        """True if `build` needs the frozen leaf itself: of several methods on one leaf it is the first."""
+        return False
+
+    @property
+    def parts(self) -> tuple[tuple[str, Method], ...]:
+        """The methods that this one consists of, each with what its letters begin with in theta."""
+        return (("", self),)
 
     @property
     def dense(self) -> bool:
@@ -155,6 +187,16 @@ class Method:
         """Return the method's regulariser (a scalar), or None."""
         return None
 
+    @classmethod
+    def schedule(cls, entries: Sequence[Any], total: int) -> Schedule | None:
+        """Return what drops trained values in the course of a training, or None where nothing does.
+
+        Args:
+            entries: every `jpeft.core.plan.Entry` of a plan that has this method; ranks may compete between them.
+            total: number of steps of the training.
+        """
+        return None
+
     def neutral(self, site: Site, theta: Theta) -> Theta:
         """Return values for trainable entries at which the method does nothing, for layers that a rule leaves out."""
         raise MethodConfigError(
@@ -170,6 +212,10 @@ class Method:
         Every letter of theta is a key and every tuple is as long as the entry has axes.
         """
         raise MethodConfigError(f"{type(self).__name__} defines no axes")
+
+    def numbers(self, site: Site) -> dict[str, int]:
+        """Return what the letters of `formula` stand for on this leaf, besides fields, `in`, `out` and `size`."""
+        return {}
 
     def flops(self, site: Site) -> tuple[int, int]:
         """Return `(per row, per call)`: the method's own forward dot FLOPs."""

@@ -1,6 +1,7 @@
 """The methods, one file each."""
 
 from jpeft.methods.adalora import AdaLoRA
+from jpeft.methods.alora import ALoRA
 from jpeft.methods.boft import BOFT
 from jpeft.methods.bottleneck import AdapterPlus, Houlsby, ParallelAdapter, Pfeiffer
 from jpeft.methods.c3a import C3A
@@ -40,6 +41,7 @@ __all__ = [
     "IA3",
     "OFT",
     "PSOFT",
+    "ALoRA",
     "AdaLoRA",
     "AdapterPlus",
     "BitFit",

@@ -10,7 +10,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva", "corda", "corda_kpm", "lora_ga")
+from jpeft.methods import _nf4
+
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "loftq", "loftq_iter_1", "eva",
+         "corda", "corda_kpm", "lora_ga")
+COUNTED = r"pissa_niter_\d+|loftq_iter_[1-9]\d*"
 DATA = {"eva": "inputs", "corda": "inputs", "corda_kpm": "inputs", "lora_ga": "gradient"}
 GAMMA = 16.0  # of LoRA-GA: the larger, the smaller the start
 DAMPING = 0.01  # of CorDA: what is added to the second moments, relative to their mean
@@ -31,6 +35,32 @@ def olora(matrix: jax.Array, r: int) -> Pair:
     """Columns of the QR decomposition of the transposed weight."""
     q, upper = jnp.linalg.qr(jnp.swapaxes(matrix, -1, -2))
     return jnp.swapaxes(upper[..., :r, :], -1, -2), jnp.swapaxes(q[..., :, :r], -1, -2)
+
+
+def loftq(matrix: jax.Array, r: int, scale: jax.Array, rounds: int) -> tuple[jax.Array, ...]:
+    """Alternate Q = the nearest 4-bit matrix to `W - s A B` and `s A B` = the principal part of `W - Q`.
+
+    Returns:
+        Q's codes and scales (see `_nf4`), A and B.
+    """
+    q = part = jnp.zeros_like(matrix)
+    for _ in range(rounds):
+        codes, largest = _nf4.quantise(_flat(matrix - part))
+        q = unpack(codes, largest, matrix.shape)
+        u, s, vt = jnp.linalg.svd(matrix - q, full_matrices=False)
+        part = _matmul(u[..., :r] * s[..., None, :r], vt[..., :r, :])
+    return codes, largest, *halves(u[..., :r], s[..., :r], vt[..., :r, :], scale)
+
+
+def _flat(matrix: jax.Array) -> jax.Array:
+    """The weights of one output after the other, as blocks of torch's `[out, in]` have them."""
+    return jnp.reshape(jnp.swapaxes(matrix, -1, -2), (*matrix.shape[:-2], -1))
+
+
+def unpack(codes: jax.Array, largest: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The quantised matrix `[*stack, in, out]` of this shape."""
+    flat = _nf4.dequantise(codes, largest, shape[-2] * shape[-1])
+    return jnp.swapaxes(jnp.reshape(flat, (*shape[:-2], shape[-1], shape[-2])), -1, -2)
 
 
 def eva(moments: jax.Array, r: int) -> jax.Array:

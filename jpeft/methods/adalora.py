@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jpeft.core import ops
-from jpeft.core.method import Method, Theta
+from jpeft.core.frozen import Frozen
+from jpeft.core.method import Method, Schedule, Theta
 from jpeft.core.ops import Op
+from jpeft.core.plan import Entry, Plan
 from jpeft.core.site import Site
-from jpeft.errors import MethodConfigError
+from jpeft.errors import CallError, MethodConfigError
+from jpeft.methods import allocation
 from jpeft.methods._lowrank import check_rank, check_rate, dropout_key
 
 
@@ -23,9 +27,10 @@ class AdaLoRA(Method):
 
     `W' = W + s A diag(e * mask) B`, `s = alpha / init_r`: A `[*stack, *in, r]` and B `[*stack, r, *out]` are held near
     orthogonal by the penalty `orth_reg_weight (|A^T A - I|^2 + |B B^T - I|^2)`, e `[*stack, r]` starts at zero. All
-    leaves start with `init_r` ranks; `adalora_update`, called after each step of the optimiser, keeps those of the
-    greatest importance, `target_r` for each leaf and layer on average in the end. mask `[*stack, r]`, frozen in theta,
-    is 1 until the last allocation and says then which ranks are left: shapes never change and nothing is traced again.
+    leaves start with `init_r` ranks, and those of the greatest importance stay, `target_r` for each leaf and layer on
+    average in the end: `jpeft train` and every optimiser of `jpeft.optim.scheduled` see to it, or call
+    `jpeft.adalora_update` after each step of your own. The latter writes which ranks are left into mask `[*stack, r]`,
+    frozen in theta; the former holds the e of the others at zero. Shapes never change and nothing is traced again.
 
     Args:
         init_r: r, before the competition.
@@ -38,7 +43,7 @@ class AdaLoRA(Method):
         beta1: smoothing of the importance.
         beta2: smoothing of its uncertainty.
         orth_reg_weight: weight of the penalty.
-        total_step: steps of the whole training; `adalora_update` needs it.
+        total_step: steps of the whole training; `adalora_update` needs it, `jpeft.optim.scheduled` knows it.
 
     Raises:
         MethodConfigError: a rank, rate or schedule that does not fit.
@@ -66,6 +71,8 @@ class AdaLoRA(Method):
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
     recommended_lr: ClassVar[float] = 5e-3
+    formula: ClassVar[str] = "init_r * (in + out + 1)"
+    peft_type: ClassVar[str | None] = "ADALORA"
 
     def __post_init__(self) -> None:
         check_rate(self, self.dropout)
@@ -118,3 +125,86 @@ class AdaLoRA(Method):
 
     def flops(self, site: Site) -> tuple[int, int]:
         return 2 * self.init_r * (site.in_size * site.groups + site.out_size), 0
+
+    @classmethod
+    def schedule(cls, entries: Sequence[Entry], total: int) -> Schedule:
+        mine = []
+        for e in entries:
+            assert isinstance(e.method, AdaLoRA)
+            if (e.method.total_step or 0) > total:
+                raise MethodConfigError(f"AdaLoRA(total_step={e.method.total_step}) on {e.path!r} is longer than the "
+                                        f"training of {total} steps, which would end with too many ranks; leave "
+                                        "total_step out, or train longer")
+            method = dataclasses.replace(e.method, total_step=e.method.total_step or total)
+            mine.append(dataclasses.replace(e, method=method))
+        allocation.check(mine)
+
+        def begin(trainable: dict[str, Theta]) -> Any:
+            return allocation.begin(mine, trainable), {e.path: jnp.ones(trainable[e.path]["e"].shape, bool)
+                                                       for e in mine}
+
+        def update(trainable: dict[str, Theta], grads: dict[str, Theta], state: Any, step: Any) -> Any:
+            importance, left = state
+            found = allocation.choose(mine, trainable, grads, importance, step)
+            left = {p: jnp.where(found.last, found.keep[p], left[p]) for p in left}
+            drop = {p: {"e": ~left[p] | (found.now & ~found.keep[p])} for p in left}
+            return drop, (found.importance, left)
+
+        return Schedule(begin, update)
+
+
+def _entries(plan: Plan) -> list[Entry]:
+    return [e for e in plan.entries if isinstance(e.method, AdaLoRA)]
+
+
+def adalora_init(plan: Plan, trainable: dict[str, Theta]) -> allocation.Importance:
+    """Return the state of `adalora_update` before the first step.
+
+    Raises:
+        CallError: no leaf of the plan has AdaLoRA.
+        MethodConfigError: a method of the plan has no `total_step`, or they have different schedules.
+    """
+    entries = _entries(plan)
+    if not entries:
+        raise CallError("the plan has no AdaLoRA, so there are no ranks to allocate; drop the call")
+    allocation.check(entries)
+    return allocation.begin(entries, trainable)
+
+
+def adalora_update(plan: Plan, trainable: dict[str, Theta], frozen: Frozen, grads: dict[str, Theta],
+                   state: allocation.Importance, step: Any) -> tuple[dict[str, Theta], Frozen, allocation.Importance]:
+    """Update the importances and, at a step of the schedule, drop the ranks that matter least in the whole model.
+
+    A pure function for jit: call it after the optimiser's update, with the gradients of that step. Until the budget is
+    spent, a rank that loses has its e set to zero and may come back; at step `total_step - tfinal` the ranks that are
+    left are written into the masks. `jpeft.optim.scheduled` does the same within an optimiser.
+
+    Args:
+        plan: the plan.
+        trainable: the trainable partition, after the optimiser's update.
+        frozen: the frozen partition.
+        grads: gradients of the loss, as `trainable`.
+        state: what `adalora_init` or the last call returned.
+        step: number of optimiser steps done, 1 after the first; an int or a traced scalar.
+
+    Returns:
+        `(trainable, frozen, state)` of the same shapes and dtypes.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jpeft
+        >>> params, x = {"w": jnp.ones((8, 4))}, jnp.ones((2, 8))
+        >>> rules = {"w": jpeft.AdaLoRA(init_r=3, target_r=1, total_step=1)}
+        >>> plan = jpeft.plan(lambda p, x: x @ p["w"], params, (x,), rules)
+        >>> trainable, frozen = jpeft.init(plan, params, jax.random.key(0))
+        >>> state, grads = jpeft.adalora_init(plan, trainable), jax.tree.map(jnp.ones_like, trainable)
+        >>> trainable, frozen, state = jpeft.adalora_update(plan, trainable, frozen, grads, state, 1)
+        >>> float(frozen.theta["w"]["mask"].sum())
+        1.0
+    """
+    found = allocation.choose(_entries(plan), trainable, grads, state, step)
+    trainable, theta = dict(trainable), dict(frozen.theta)
+    for p, keep in found.keep.items():
+        values, marks = trainable[p]["e"], theta[p]["mask"]
+        trainable[p] = {**trainable[p], "e": jnp.where(found.now & ~keep, jnp.zeros((), values.dtype), values)}
+        theta[p] = {**theta[p], "mask": jnp.where(found.last, keep.astype(marks.dtype), marks)}
+    return trainable, frozen._replace(theta=theta), found.importance

@@ -49,6 +49,8 @@ class BOFT(Method):
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear"})
     recommended_lr: ClassVar[float] = 1e-3
+    formula: ClassVar[str] = "n_butterfly_factor * in * (block_size - 1) / 2 + out"
+    peft_type: ClassVar[str | None] = "BOFT"
 
     def __post_init__(self) -> None:
         if self.neumann < 0 or self.neumann == 1:

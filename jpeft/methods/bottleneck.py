@@ -49,7 +49,8 @@ class Pfeiffer(Method):
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
     hooks: ClassVar[bool] = True
-    recommended_lr: ClassVar[float] = 1e-4
+    recommended_lr: ClassVar[float] = 1e-3
+    formula: ClassVar[str] = "h * (2 * out + 1) + out"
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -89,6 +90,9 @@ class Pfeiffer(Method):
 
     def neutral(self, site: Site, theta: Theta) -> Theta:
         return {k: jnp.zeros_like(theta[k]) for k in ("up", "b_up")}
+
+    def numbers(self, site: Site) -> dict[str, int]:
+        return {"h": self.width(site)}
 
     def axes(self, site: Site) -> dict[str, tuple[int | None, ...]]:
         stack, out = site.stack_dims, site.out_dims[0] if len(site.out_dims) == 1 else None
@@ -156,7 +160,7 @@ class AdapterPlus(Pfeiffer):
     reduction_factor: float = 96.0
     activation: str = "gelu"
 
-    recommended_lr: ClassVar[float] = 1e-3
+    formula: ClassVar[str] = "h * (2 * out + 1) + 2 * out"
 
     def _down(self, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
         return 0.01 * jax.random.truncated_normal(key, -2, 2, shape, dtype)
@@ -211,6 +215,7 @@ class ParallelAdapter(Pfeiffer):
     input_of: str | None = None
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear"})
+    formula: ClassVar[str] = "h * (in + out + 1) + out + learned"
 
     def source(self, site: Site) -> str:
         here = site.path if self.input_of is None else posixpath.join(posixpath.dirname(site.path), self.input_of)
@@ -238,6 +243,9 @@ class ParallelAdapter(Pfeiffer):
                                  f"{self.source(site)!r}, found {x.shape[-1]}; input_of is for sublayers whose input "
                                  "and output have one size")
         return y + theta["s"].astype(y.dtype) * self.inner(theta, x)
+
+    def numbers(self, site: Site) -> dict[str, int]:
+        return {"h": self.width(site), "in": self._inputs(site)}
 
     def axes(self, site: Site) -> dict[str, tuple[int | None, ...]]:
         dims = site.in_dims if self.input_of is None else site.out_dims

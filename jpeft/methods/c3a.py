@@ -46,6 +46,8 @@ class C3A(Method):
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear"})
     recommended_lr: ClassVar[float] = 1e-1
+    formula: ClassVar[str] = "in * out / block_size"
+    peft_type: ClassVar[str | None] = "C3A"
 
     def __post_init__(self) -> None:
         if self.init_weights not in ("zero", "xavier_uniform"):

@@ -11,8 +11,6 @@ from jpeft.core.method import Method, Theta
 from jpeft.core.ops import Op
 from jpeft.core.site import Site
 from jpeft.errors import MethodConfigError
-from jpeft.methods.dora import DoRA
-from jpeft.methods.selective import Full
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Chain(Method):
         if stages != sorted(stages):
             raise MethodConfigError(f"{what} cannot be nested in this order; put methods that return an array "
                                     "(FourierFT) first and those that change the output (Pfeiffer, prompts) last")
-        late = [type(m).__name__ for m in self.methods[1:] if isinstance(m, DoRA | Full)]
+        late = [type(m).__name__ for m in self.methods[1:] if m.leads]
         if late:
             raise MethodConfigError(f"{what} has {late[0]} after another method, but it starts from the frozen "
                                     "weight; put it first")
@@ -76,6 +74,14 @@ class Chain(Method):
 
     def sources(self, site: Site) -> tuple[str, ...]:
         return tuple(path for m in self.methods for path in m.sources(site))
+
+    @property
+    def leads(self) -> bool:
+        return self.methods[0].leads
+
+    @property
+    def parts(self) -> tuple[tuple[str, Method], ...]:
+        return tuple((f"{i}.{start}", part) for i, m in enumerate(self.methods) for start, part in m.parts)
 
     @property
     def dense(self) -> bool:

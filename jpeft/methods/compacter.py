@@ -52,6 +52,7 @@ class Compacter(Pfeiffer):
     phm_rank: int = 1
 
     recommended_lr: ClassVar[float] = 3e-3
+    formula: ClassVar[str] = "2 * phm_rank * (out + h) + h + out + [phm_dim ** 3]"
 
     def __post_init__(self) -> None:
         super().__post_init__()

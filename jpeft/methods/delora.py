@@ -53,6 +53,8 @@ class DeLoRA(Method):
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
     recommended_lr: ClassVar[float] = 1e-3
+    formula: ClassVar[str] = "rank * (in + out) + 1"
+    peft_type: ClassVar[str | None] = "DELORA"
 
     def __post_init__(self) -> None:
         check_rate(self, self.dropout)

@@ -46,6 +46,7 @@ class DiffPruning(Method):
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding", "tied", "bias", "scale", "other"})
     recommended_lr: ClassVar[float] = 1e-4
+    formula: ClassVar[str] = "2 * size"
 
     def __post_init__(self) -> None:
         if self.sparsity_penalty < 0:

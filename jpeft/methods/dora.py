@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ class DoRA(LoRA):
         alpha: see `LoRA`.
         rslora: see `LoRA`.
         dropout: see `LoRA`; it acts on the input of the low-rank path, not on the norm.
-        init_weights: see `LoRA`.
+        init_weights: see `LoRA`; not `loftq`.
 
     Raises:
         MethodConfigError: as of `LoRA`; or it is not the first of a `Chain`: earlier methods would change `||W||`.
@@ -47,6 +47,18 @@ class DoRA(LoRA):
         >>> jpeft.plan(apply, params, (jnp.ones((2, 8)),), {"w": jpeft.DoRA(rank=2)}).count()
         28
     """
+
+    formula: ClassVar[str] = "rank * (in + out) + out"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init_weights.startswith("loftq"):
+            raise MethodConfigError(f"DoRA(init_weights={self.init_weights!r}) would have the norm of the weight and "
+                                    "the directions of a quantised one; use LoRA, or another init")
+
+    @property
+    def leads(self) -> bool:
+        return True
 
     def init(self, key: jax.Array, site: Site, base: jax.Array) -> tuple[Theta, Theta]:
         trainable, frozen = super().init(key, site, base)

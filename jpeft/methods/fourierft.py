@@ -50,6 +50,8 @@ class FourierFT(Method):
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding", "tied"})
     recommended_lr: ClassVar[float] = 3e-2
+    formula: ClassVar[str] = "n_frequency"
+    peft_type: ClassVar[str | None] = "FOURIERFT"
 
     def __post_init__(self) -> None:
         if self.init_weights not in ("zero", "normal"):

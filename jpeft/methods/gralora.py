@@ -20,7 +20,7 @@ from jpeft.methods._lowrank import check_rank, uniform
 class GraLoRA(Method):
     """Train a low-rank term of its own for every block of a k x k grid on a frozen weight.
 
-    Block (i, j) of `W' - W` is `s A_ij B_ij` of rank `r / k`, `s = alpha / (r + hybrid_r)`: a
+    `W'_ij = W_ij + s A_ij B_ij` in every block (i, j), of rank `r / k`, `s = alpha / (r + hybrid_r)`: a
     `[*stack, k, in / k, r]` holds `A_i1 .. A_ik` side by side, b `[*stack, k, r, out / k]` holds `B_1j .. B_kj` one
     above the other. The parameters and the work are those of LoRA of rank r, the rank is up to `k r`. With `hybrid_r`,
     a LoRA term of that rank (ga `[*stack, *in, hybrid_r]`, gb `[*stack, hybrid_r, *out]`) is added, with the same s.
@@ -51,6 +51,8 @@ class GraLoRA(Method):
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear"})
     recommended_lr: ClassVar[float] = 5e-4
+    formula: ClassVar[str] = "(rank + hybrid_r) * (in + out)"
+    peft_type: ClassVar[str | None] = "GRALORA"
 
     def __post_init__(self) -> None:
         if self.gralora_k < 1 or self.rank < 1 or self.rank % self.gralora_k or self.hybrid_r < 0:

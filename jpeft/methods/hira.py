@@ -43,6 +43,8 @@ class HiRA(Method):
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding", "tied"})
     recommended_lr: ClassVar[float] = 5e-3
+    formula: ClassVar[str] = "rank * (in + out)"
+    peft_type: ClassVar[str | None] = "HIRA"
 
     def __post_init__(self) -> None:
         if self.init_weights not in ("kaiming", "gaussian"):

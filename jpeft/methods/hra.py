@@ -47,6 +47,8 @@ class HRA(Method):
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear"})
     recommended_lr: ClassVar[float] = 1e-3
+    formula: ClassVar[str] = "rank * in"
+    peft_type: ClassVar[str | None] = "HRA"
 
     def __post_init__(self) -> None:
         if self.rank < 2 or self.rank % 2:

@@ -41,6 +41,8 @@ class IA3(Method):
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding", "tied"})
     recommended_lr: ClassVar[float] = 3e-3
+    formula: ClassVar[str] = "out if on == 'out' else in"
+    peft_type: ClassVar[str | None] = "IA3"
 
     def __post_init__(self) -> None:
         if self.on not in ("out", "in"):

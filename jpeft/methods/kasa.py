@@ -50,6 +50,7 @@ class KaSA(LoRA):
     gamma: float = 1e-3
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear"})
+    formula: ClassVar[str] = "rank * (in + out + 1)"
 
     def __post_init__(self) -> None:
         super().__post_init__()

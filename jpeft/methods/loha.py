@@ -47,6 +47,8 @@ class LoHa(Method):
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
     recommended_lr: ClassVar[float] = 1e-2
+    formula: ClassVar[str] = "2 * rank * (in + out)"
+    peft_type: ClassVar[str | None] = "LOHA"
 
     def check(self, site: Site) -> None:
         check_rank(self, site, self.rank, min(site.in_size, site.out_size))

@@ -54,6 +54,8 @@ class LoKr(Method):
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear"})
     recommended_lr: ClassVar[float] = 1e-3
+    formula: ClassVar[str] = "m * p + rank * (n + q)"
+    peft_type: ClassVar[str | None] = "LOKR"
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -95,6 +97,9 @@ class LoKr(Method):
     def neutral(self, site: Site, theta: Theta) -> Theta:
         letter = next(iter(self._shapes(site)))
         return {letter: jnp.zeros_like(theta[letter])}
+
+    def numbers(self, site: Site) -> dict[str, int]:
+        return dict(zip("mnpq", self._sizes(site), strict=True))
 
     def axes(self, site: Site) -> dict[str, tuple[int | None, ...]]:
         return {**dict.fromkeys(self._shapes(site), (*site.stack_dims, None, None)), "scale": ()}

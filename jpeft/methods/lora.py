@@ -26,7 +26,9 @@ class LoRA(Method):
     `W' = W + s A B`, `s = alpha / r` (or `alpha / sqrt(r)` with `rslora`); A `[*stack, *in, r]`, B `[*stack, r, *out]`.
     B starts at zero (of an embedding: A), so that training starts from the base. With the inits `pissa`, `olora`,
     `corda` and `lora_ga`, `W' = W + s (A B - A0 B0)`, A0 and B0 being frozen copies of the start: the base is not
-    changed. The last four of the list start from data: give `jpeft.init` a `jpeft.Calibration`.
+    changed. The last four of the list start from data: give `jpeft.init` a `jpeft.Calibration`. With `loftq` alone
+    `W' = Q + s A B`, close to W but not W: Q is W in 4 bits (NF4), frozen in theta as `q` and `absmax` and used in
+    place of the leaf, so that A and B, which start from what Q lacks, are those for a model quantised like this.
 
     Args:
         rank: r, or one rank for each layer of a scanned stack (0: the layer is left out).
@@ -34,14 +36,15 @@ class LoRA(Method):
         rslora: divide by `sqrt(r)` (rank-stabilised).
         dropout: rate of inverted dropout on the input of the adapter path, active when `Call.key` is given.
         init_weights: `kaiming` (A uniform), `gaussian`, `orthogonal`, `pissa` (principal singular vectors; as
-            `pissa_niter_4`, by a fast random projection with 4 subspace iterations), `olora` (QR), `eva` (A: principal
-            directions of the leaf's inputs, arXiv 2410.07170), `corda` (principal part of W as the inputs see it;
-            `corda_kpm`: the least part, which keeps what the inputs show; 2406.05223), `lora_ga` (A and B along the
-            gradient of the loss; 2407.05000).
+            `pissa_niter_4`, by a fast random projection with 4 subspace iterations), `olora` (QR), `loftq` (five rounds
+            of quantising and of fitting A and B to what is lost, or as many as `loftq_iter_1` says; arXiv 2310.08659),
+            `eva` (A: principal directions of the leaf's inputs, 2410.07170), `corda` (principal part of W as the inputs
+            see it; `corda_kpm`: the least part, which keeps what the inputs show; 2406.05223), `lora_ga` (A and B along
+            the gradient of the loss; 2407.05000).
 
     Raises:
         MethodConfigError: a rank below 1 or above the smaller side of the kernel (`lora_ga`: half of it), an unknown
-            init, or one from data where the leaf is no contraction weight.
+            init, one from data where the leaf is no contraction weight, or `loftq` on some of the layers only.
 
     Source: arXiv 2106.09685; rsLoRA 2312.03732; PiSSA 2404.02948; OLoRA 2406.01775.
 
@@ -60,11 +63,13 @@ class LoRA(Method):
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding", "tied"})
     recommended_lr: ClassVar[float] = 1e-3
+    formula: ClassVar[str] = "rank * (in + out)"
+    peft_type: ClassVar[str | None] = "LORA"
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, list):
             object.__setattr__(self, "rank", tuple(self.rank))
-        if self.init_weights not in _starts.INITS and not re.fullmatch(r"pissa_niter_\d+", self.init_weights):
+        if self.init_weights not in _starts.INITS and not re.fullmatch(_starts.COUNTED, self.init_weights):
             raise MethodConfigError(f"{type(self).__name__}(init_weights={self.init_weights!r}) is unknown; "
                                     f"use one of {', '.join(_starts.INITS)}")
         check_rate(self, self.dropout)
@@ -80,6 +85,10 @@ class LoRA(Method):
         return self.init_weights.startswith(("pissa", "olora", "corda", "lora_ga"))
 
     @property
+    def leads(self) -> bool:
+        return self.init_weights.startswith("loftq")
+
+    @property
     def calibration(self) -> frozenset[str]:
         return frozenset({_starts.DATA[self.init_weights]} if self.init_weights in _starts.DATA else ())
 
@@ -92,6 +101,10 @@ class LoRA(Method):
         if self.init_weights == "lora_ga" and 2 * self.width > most:
             raise MethodConfigError(f"{name}(rank={self.rank}, init_weights='lora_ga') needs 2 * rank singular vectors "
                                     f"of the gradient of {site.path!r}, which has {most}; use a rank up to {most // 2}")
+        if self.init_weights.startswith("loftq") and (isinstance(self.rank, tuple) or "float" not in site.dtype):
+            found = f"has the ranks {self.rank}" if isinstance(self.rank, tuple) else f"is {site.dtype}"
+            raise MethodConfigError(f"{name}(init_weights={self.init_weights!r}) quantises floating-point weights of "
+                                    f"all layers, and {site.path!r} {found}; use one rank, or another init")
         if self.calibration and site.use != "linear":
             raise MethodConfigError(f"{name}(init_weights={self.init_weights!r}) starts from what a contraction weight "
                                     f"sees, and the model uses {site.path!r} as {site.use}; use init_weights='kaiming'")
@@ -125,6 +138,10 @@ class LoRA(Method):
         a, b = jnp.zeros(a_shape, dtype), jnp.zeros(b_shape, dtype)
         if self.init_weights.startswith(("pissa", "olora")):
             return self._kept(site, *self._from_base(key, site, base.astype(dtype), frozen["scale"]), frozen)
+        if self.init_weights.startswith("loftq"):
+            rounds = int(self.init_weights.removeprefix("loftq_iter_")) if "_" in self.init_weights else 5
+            q, largest, a, b = _starts.loftq(site.matrix(base.astype(dtype)), r, frozen["scale"], rounds)
+            return {"a": self._fold(site, a, "a"), "b": self._fold(site, b, "b")}, {**frozen, "q": q, "absmax": largest}
         if site.use in ("embedding", "tied"):
             b = jax.random.normal(key, b_shape, dtype)
         elif self.init_weights == "gaussian":
@@ -184,12 +201,18 @@ class LoRA(Method):
                            key=dropout_key(site, key, self.dropout))
 
     def build(self, site: Site, base: Any, theta: Theta, key: jax.Array | None) -> jax.Array | Op:
+        if "q" in theta:
+            matrix = _starts.unpack(theta["q"], theta["absmax"], (*site.stack_shape, site.in_size, site.out_size))
+            base = site.unmatrix(matrix).astype(base.dtype)
         parts = [base, self.term(site, theta, key)]
         if "a0" in theta:
             parts.append(self.term(site, theta, None, "a0", "b0", -1.0))
         return ops.add(*parts)
 
     def neutral(self, site: Site, theta: Theta) -> Theta:
+        if "q" in theta:
+            raise MethodConfigError(f"{type(self).__name__}(init_weights={self.init_weights!r}) quantises every layer "
+                                    f"of {site.path!r}; it cannot be limited to some, use another init")
         if "a0" in theta:
             return {"a": theta["a0"], "b": theta["b0"]}
         return {"a": jnp.zeros_like(theta["a"]), "b": jnp.zeros_like(theta["b"])}
@@ -206,7 +229,8 @@ class LoRA(Method):
     def axes(self, site: Site) -> dict[str, tuple[int | None, ...]]:
         a, b = (*site.stack_dims, *site.in_dims, None), (*site.stack_dims, None, *site.out_dims)
         scale = site.stack_dims if isinstance(self.rank, tuple) else ()
-        return {"a": a, "b": b, "a0": a, "b0": b, "scale": scale, "mask": (*site.stack_dims, None)}
+        return {"a": a, "b": b, "a0": a, "b0": b, "scale": scale, "mask": (*site.stack_dims, None),
+                "q": (*site.stack_dims, None, None), "absmax": (*site.stack_dims, None)}
 
     def flops(self, site: Site) -> tuple[int, int]:
         terms = 2 if self.keeps_start else 1

@@ -42,6 +42,8 @@ class LoRAFA(LoRA):
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
     recommended_lr: ClassVar[float] = 2e-3
+    formula: ClassVar[str] = "rank * out"
+    peft_type: ClassVar[str | None] = "LORA"
 
     def init(self, key: jax.Array, site: Site, base: jax.Array) -> tuple[Theta, Theta]:
         return _freeze(*super().init(key, site, base))
@@ -51,6 +53,7 @@ class LoRAFA(LoRA):
         return _freeze(*super().calibrate(key, site, base, start, data))
 
     def neutral(self, site: Site, theta: Theta) -> Theta:
+        super().neutral(site, theta)
         return {"b": theta["b0"] if "b0" in theta else jnp.zeros_like(theta["b"])}
 
     def live(self, site: Site) -> dict[str, Any]:

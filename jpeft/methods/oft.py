@@ -51,6 +51,8 @@ class OFT(Method):
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear"})
     recommended_lr: ClassVar[float] = 1e-3
+    formula: ClassVar[str] = "in * (b - 1) / 2"
+    peft_type: ClassVar[str | None] = "OFT"
 
     def __post_init__(self) -> None:
         if self.neumann < 0 or self.neumann == 1:
@@ -84,6 +86,9 @@ class OFT(Method):
 
     def neutral(self, site: Site, theta: Theta) -> Theta:
         return {"q": jnp.zeros_like(theta["q"])}
+
+    def numbers(self, site: Site) -> dict[str, int]:
+        return {"b": self._sizes(site)[1]}
 
     def axes(self, site: Site) -> dict[str, tuple[int | None, ...]]:
         return {"q": (*site.stack_dims, None, None)}

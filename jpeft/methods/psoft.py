@@ -49,6 +49,8 @@ class PSOFT(Method):
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear"})
     recommended_lr: ClassVar[float] = 3e-3
+    formula: ClassVar[str] = "rank * (rank - 1) / 2 + 2 * rank * magnitudes"
+    peft_type: ClassVar[str | None] = "PSOFT"
 
     def __post_init__(self) -> None:
         if self.neumann < 0 or self.neumann == 1:

@@ -54,6 +54,8 @@ class PTuning(PromptTuning):
     num_layers: int = 2
 
     recommended_lr: ClassVar[float] = 1e-3
+    formula: ClassVar[str] = "length * out + h * (2 * out + h + 2) + out"
+    peft_type: ClassVar[str | None] = "P_TUNING"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,6 +80,9 @@ class PTuning(PromptTuning):
         """Name and input size of each direction of each layer of the LSTM."""
         h, layers = self._hidden(site), range(self.num_layers) if self.encoder == "LSTM" else ()
         return [(f"{way}_{i}", 2 * h if i else site.out_size) for i in layers for way in DIRECTIONS]
+
+    def numbers(self, site: Site) -> dict[str, int]:
+        return {"h": self._hidden(site)}
 
     def init(self, key: jax.Array, site: Site, base: jax.Array) -> tuple[Theta, Theta]:
         h, dtype = self._hidden(site), site.theta_dtype

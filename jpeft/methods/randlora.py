@@ -56,6 +56,8 @@ class RandLoRA(Method):
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear"})
     recommended_lr: ClassVar[float] = 2e-4
+    formula: ClassVar[str] = "N * (rank + min(in, out))"
+    peft_type: ClassVar[str | None] = "RANDLORA"
 
     def __post_init__(self) -> None:
         if self.sparse and self.very_sparse:
@@ -98,6 +100,9 @@ class RandLoRA(Method):
 
     def neutral(self, site: Site, theta: Theta) -> Theta:
         return {"lambda": jnp.zeros_like(theta["lambda"])}
+
+    def numbers(self, site: Site) -> dict[str, int]:
+        return {"N": self._sizes(site)[2]}
 
     def axes(self, site: Site) -> dict[str, tuple[int | None, ...]]:
         own = (*site.stack_dims, None, None)

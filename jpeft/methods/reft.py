@@ -59,6 +59,7 @@ class DiReFT(Method):
     hooks: ClassVar[bool] = True
     call: ClassVar[frozenset[str]] = frozenset({"lengths"})
     recommended_lr: ClassVar[float] = 1e-3
+    formula: ClassVar[str] = "edits * (2 * rank * out + rank)"
 
     def __post_init__(self) -> None:
         name, first, last = type(self).__name__, self.prefix_positions, self.suffix_positions
@@ -119,6 +120,9 @@ class DiReFT(Method):
 
     def neutral(self, site: Site, theta: Theta) -> Theta:
         return {f"v{end}": jnp.zeros_like(theta[f"v{end}"]) for end in self._units}
+
+    def numbers(self, site: Site) -> dict[str, int]:
+        return {"edits": len(self._units)}
 
     def axes(self, site: Site) -> dict[str, tuple[int | None, ...]]:
         stack, out = site.stack_dims, site.out_dims[0] if len(site.out_dims) == 1 else None

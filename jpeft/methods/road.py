@@ -50,6 +50,8 @@ class RoAd(Method):
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear"})
     recommended_lr: ClassVar[float] = 3e-3
+    formula: ClassVar[str] = "k * out"
+    peft_type: ClassVar[str | None] = "ROAD"
 
     def __post_init__(self) -> None:
         if self.variant not in PARTS:
@@ -80,6 +82,9 @@ class RoAd(Method):
 
     def neutral(self, site: Site, theta: Theta) -> Theta:
         return {"theta": jnp.zeros_like(theta["theta"]), "alpha": jnp.ones_like(theta["alpha"])}
+
+    def numbers(self, site: Site) -> dict[str, int]:
+        return {"k": PARTS[self.variant]}
 
     def axes(self, site: Site) -> dict[str, tuple[int | None, ...]]:
         return dict.fromkeys(("theta", "alpha"), (*site.stack_dims, None))

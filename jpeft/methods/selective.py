@@ -65,6 +65,7 @@ class BitFit(_Delta):
 
     uses: ClassVar[frozenset[str]] = frozenset({"bias"})
     recommended_lr: ClassVar[float] = 1e-3
+    formula: ClassVar[str] = "size"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +87,8 @@ class LayerNormTuning(_Delta):
 
     uses: ClassVar[frozenset[str]] = frozenset({"scale", "bias"})
     recommended_lr: ClassVar[float] = 1e-3
+    formula: ClassVar[str] = "size"
+    peft_type: ClassVar[str | None] = "LN_TUNING"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +119,11 @@ class Full(_Whole):
     letter: ClassVar[str] = "w"
     uses: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding", "tied", "bias", "scale", "other"})
     recommended_lr: ClassVar[float] = 2e-5
+    formula: ClassVar[str] = "size"
+
+    @property
+    def leads(self) -> bool:
+        return True
 
     @property
     def drops_base(self) -> bool:

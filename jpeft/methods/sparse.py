@@ -90,6 +90,8 @@ class SHiRA(_Places):
 
     letter: ClassVar[str] = "v"
     recommended_lr: ClassVar[float] = 1e-3
+    formula: ClassVar[str] = "rank * (in + out)"
+    peft_type: ClassVar[str | None] = "SHIRA"
 
     def entries(self, site: Site) -> int:
         return self.rank * (site.in_size + site.out_size)
@@ -128,6 +130,8 @@ class WaveFT(_Places):
 
     letter: ClassVar[str] = "c"
     recommended_lr: ClassVar[float] = 1e-3
+    formula: ClassVar[str] = "n_frequency"
+    peft_type: ClassVar[str | None] = "WAVEFT"
 
     def entries(self, site: Site) -> int:
         return self.n_frequency

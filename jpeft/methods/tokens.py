@@ -43,6 +43,8 @@ class TrainableTokens(Method):
 
     uses: ClassVar[frozenset[str]] = frozenset({"embedding", "tied"})
     recommended_lr: ClassVar[float] = 1e-2
+    formula: ClassVar[str] = "len(token_indices) * out"
+    peft_type: ClassVar[str | None] = "TRAINABLE_TOKENS"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_indices", tuple(self.token_indices))

@@ -57,6 +57,8 @@ class VBLoRA(Method):
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear"})
     recommended_lr: ClassVar[float] = 2e-3
+    formula: ClassVar[str] = "rank * (in + out) / vector_length * num_vectors + [num_vectors * vector_length]"
+    peft_type: ClassVar[str | None] = "VBLORA"
 
     def __post_init__(self) -> None:
         if self.init_weights not in ("frozen", "plain"):

@@ -53,6 +53,8 @@ class VeRA(Method):
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear"})
     recommended_lr: ClassVar[float] = 1e-2
+    formula: ClassVar[str] = "rank + out"
+    peft_type: ClassVar[str | None] = "VERA"
 
     def __post_init__(self) -> None:
         check_rate(self, self.dropout)

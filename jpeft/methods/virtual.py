@@ -72,6 +72,8 @@ class PromptTuning(_Virtual):
 
     uses: ClassVar[frozenset[str]] = frozenset({"embedding", "tied"})
     recommended_lr: ClassVar[float] = 3e-2
+    formula: ClassVar[str] = "length * out"
+    peft_type: ClassVar[str | None] = "PROMPT_TUNING"
 
     def __post_init__(self) -> None:
         self._check_fields(self.init_weights, ("random", "vocabulary"))
@@ -131,6 +133,8 @@ class PrefixTuning(_Virtual):
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear"})
     recommended_lr: ClassVar[float] = 1e-2
+    formula: ClassVar[str] = "length * out"
+    peft_type: ClassVar[str | None] = "PREFIX_TUNING"
 
     def __post_init__(self) -> None:
         if isinstance(self.channels, list):
@@ -153,6 +157,9 @@ class PrefixTuning(_Virtual):
     def hook(self, site: Site, theta: Theta, y: jax.Array, start: int) -> jax.Array:
         p = jnp.reshape(theta["p"], (self.length, math.prod(self._shape(site))))
         return overwrite(y, p, start, 0 if self.channels is None else self.channels[0])
+
+    def numbers(self, site: Site) -> dict[str, int]:
+        return {"out": math.prod(self._shape(site))}
 
     def axes(self, site: Site) -> dict[str, tuple[int | None, ...]]:
         return {"p": (*site.stack_dims, None, *(site.out_dims if self.channels is None else (None,)))}

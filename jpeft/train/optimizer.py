@@ -12,7 +12,7 @@ import optax
 
 from jpeft.core.plan import Plan
 from jpeft.errors import TrainConfigError, nearest
-from jpeft.optim import decay_mask, lora_plus
+from jpeft.optim import decay_mask, lora_plus, scheduled
 
 NAMES = ("adamw", "adam", "sgd", "lion", "adafactor")
 SCHEDULES = ("linear", "cosine", "constant")
@@ -85,9 +85,11 @@ def make(
         optimizer: what to make.
         total_steps: length of the schedule.
         trainable: the parameters, whose names say which decay and which are faster with LoRA+.
-        plan: says which learning rate suits, if the optimiser does not.
+        plan: says which learning rate suits, if the optimiser does not, and what its methods do between steps
+            (`jpeft.optim.scheduled`).
 
     Raises:
+        MethodConfigError: a method's schedule does not fit `total_steps`.
         TrainConfigError: there is no learning rate, the warm-up is longer than the training, or a path of `rates` is
             none.
         NoMatchError: LoRA+ finds no entry `b` beside an `a`.
@@ -114,7 +116,7 @@ def make(
         tx = optax.chain(tx, _scaled({path: own / peak for path, own in optimizer.rates.items()}, trainable))
     if optimizer.clip is not None:
         tx = optax.chain(optax.clip_by_global_norm(optimizer.clip), tx)
-    return tx, rate
+    return tx if plan is None else scheduled(tx, plan, total_steps), rate
 
 
 def _scaled(factors: Mapping[str, float], trainable: Any) -> optax.GradientTransformation:

@@ -168,3 +168,17 @@ def test_compare_runs_what_is_missing(job: Path, tmp_path: Path, capsys: pytest.
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     assert f"Example: jpeft {command}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_adalora_drops_ranks_while_it_trains(job: Path) -> None:
+    """Six kernels of two layers begin with 4 ranks each and end with 2 on average; the last epochs change none."""
+    import safetensors.numpy
+
+    rules = "rules={(pooler|classifier)/.*: {method: Full}, all-linear: {method: AdaLoRA, init_r: 4, target_r: 2, "
+    settings = ("train.epochs=8", "train.eval_every=16", "train.learning_rate=1e-2", rules + "tfinal: 2}}")
+    assert main(["train", str(job), "--name", "ada", *(w for s in settings for w in ("--set", s))]) == 0
+    stored = safetensors.numpy.load_file(job.parent / "runs" / "ada" / "adapter" / "adapter.safetensors")
+    values = [v for k, v in stored.items() if k.endswith("#e")]
+    assert sum(v.size for v in values) == 6 * 2 * 4
+    assert sum(int(np.count_nonzero(v)) for v in values) == 6 * 2 * 2

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from jpeft.core.match import WORDS
+from jpeft.core.match import WORDS, resolve
 from jpeft.core.site import Site
+from jpeft.errors import MethodConfigError
+from jpeft.methods import Full, LoRA
 
 
 @pytest.mark.parametrize(
@@ -23,3 +25,20 @@ from jpeft.core.site import Site
 def test_words_of_a_path(path: str, words: set[str]) -> None:
     site = Site(path, (8, 4), "float32", "linear", (0,), (1,))
     assert {word for word, means in WORDS.items() if means(site)} == words
+
+
+def test_leaves_that_are_too_small_for_a_method_are_named() -> None:
+    def linear(path: str, out: int) -> Site:
+        return Site(path, (16, out), "float32", "linear", (0,), (1,))
+
+    sites = {s.path: s for s in (linear("up/kernel", 32), linear("gate/kernel", 4), linear("classifier/kernel", 2))}
+    with pytest.raises(MethodConfigError) as caught:
+        resolve({"all-linear": LoRA(rank=8)}, (), sites)
+    said = str(caught.value)
+    assert "LoRA(rank=8) does not fit 'gate/kernel' of 16 inputs and 4 outputs" in said
+    assert "the other 1 leaves of rule 'all-linear': pass exclude=['gate/kernel', 'classifier/kernel'], or give" in said
+    assert list(resolve({"all-linear": LoRA(rank=8)}, ["gate/kernel", "classifier/kernel"], sites)) == ["up/kernel"]
+    rules = {"(gate|classifier)/kernel": Full(), "all-linear": LoRA(rank=8)}
+    assert set(resolve(rules, (), sites)) == set(sites)
+    with pytest.raises(MethodConfigError, match=r"or exclude the leaf$"):
+        resolve({"all-linear": LoRA(rank=99)}, (), sites)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from layouts import CONV, LINEAR, PLAIN, Layout, check, prepare, sample
 from support import assert_close, randomise
@@ -127,3 +129,56 @@ def test_mistakes() -> None:
             jpeft.AdaLoRA(**fields)
     with pytest.raises(MethodConfigError, match="init_r from 1 to 6"):
         prepare(jpeft.AdaLoRA(), PLAIN)
+
+
+def test_an_optimiser_drops_the_same_ranks_and_is_traced_once() -> None:
+    """`jpeft.optim.scheduled`, which learns the number of steps from the training, against `adalora_update`."""
+    plan, trainable, frozen = ready({".*": dataclasses.replace(ADA, total_step=None)})
+    known, theirs, _ = ready({".*": ADA})
+    sgd, traces = optax.sgd(0.1), 0
+    tx = jpeft.optim.scheduled(sgd, plan, STEPS)
+
+    @jax.jit
+    def step(ours: Any, state: Any, theirs: Any, frozen: Any, importance: Any, grads: Any, n: Any) -> Any:
+        nonlocal traces
+        traces += 1
+        updates, state = tx.update(grads, state, ours)
+        ours = optax.apply_updates(ours, updates)
+        theirs = optax.apply_updates(theirs, sgd.update(grads, sgd.init(theirs), theirs)[0])
+        return ours, state, *jpeft.adalora_update(known, theirs, frozen, grads, importance, n)
+
+    state, importance = tx.init(trainable), jpeft.adalora_init(known, theirs)
+    for n in range(1, STEPS + 1):
+        grads = randomise(trainable, 100 + n)
+        trainable, state, theirs, frozen, importance = step(trainable, state, theirs, frozen, importance, grads, n)
+        want = {p: {**t, "e": t["e"] * frozen.theta[p]["mask"]} for p, t in theirs.items()}
+        assert_close(trainable, want, 1e-6)
+    assert sum(int(jnp.count_nonzero(t["e"])) for t in trainable.values()) == (L + 1) * 2
+    assert traces == 1
+
+
+def test_the_optimiser_reaches_into_a_chain() -> None:
+    chain = jpeft.Chain((jpeft.AdaLoRA(init_r=R, target_r=1), jpeft.IA3()))
+    plan, trainable, _ = ready({jpeft.layers("u", [0, 2]): chain})
+    tx = jpeft.optim.scheduled(optax.sgd(0.1), plan, 1)
+
+    @jax.jit
+    def step(trainable: Any) -> Any:
+        updates, _ = tx.update(jax.tree.map(jnp.ones_like, trainable), tx.init(trainable), trainable)
+        return optax.apply_updates(trainable, updates)
+
+    after = step(trainable)["u"]
+    assert int(jnp.count_nonzero(after["0.e"])) == 2
+    assert not np.any(after["0.e"][1])
+    assert np.all(np.asarray(after["1.l"]) != 1)
+
+
+def test_mistakes_of_a_training() -> None:
+    plan, trainable, _ = ready({"w": ADA})
+    with pytest.raises(MethodConfigError, match=r"longer than the training of 5 steps.*leave total_step out"):
+        jpeft.optim.scheduled(optax.sgd(0.1), plan, 5)
+    tx = jpeft.optim.scheduled(optax.sgd(0.1), plan, STEPS)
+    with pytest.raises(CallError, match="got no parameters"):
+        tx.update(trainable, tx.init(trainable))
+    other = ready({"w": jpeft.LoRA(rank=2)})[0]
+    assert jpeft.optim.scheduled(tx, other, 5) is tx

@@ -31,3 +31,20 @@ def test_mini() -> None:
 def test_fields(fields: dict[str, int]) -> None:
     with pytest.raises(MethodConfigError, match="; use"):
         prepare(jpeft.MiSS(**fields), PLAIN)
+
+
+@pytest.mark.parametrize(**sample(LINEAR[4], *LINEAR))
+def test_bat(layout: Layout) -> None:
+    def equation(theta: dict[str, jax.Array], w: jax.Array) -> jax.Array:
+        blocks = [[w[i:i + 2, 2 * j:2 * j + 2] for j in range(w.shape[1] // 2)] for i in range(0, len(w), 2)]
+        return jnp.block([[b + d.T @ (b + jnp.eye(2)) for b, d in zip(row, theta["block"], strict=True)]
+                          for row in blocks])
+
+    check(jpeft.MiSS(rank=2, bat=True), layout, equation)
+
+
+def test_fields_of_bat() -> None:
+    with pytest.raises(MethodConfigError, match="use a common divisor"):
+        prepare(jpeft.MiSS(rank=4, bat=True), PLAIN)
+    with pytest.raises(MethodConfigError, match="use one of them"):
+        jpeft.MiSS(rank=2, mini=2, bat=True)

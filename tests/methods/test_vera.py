@@ -31,7 +31,7 @@ def test_projections_drawn_again_are_those_that_were_saved() -> None:
     saved, drawn = (prepare(dataclasses.replace(VERA, save_projection=save), PLAIN) for save in (True, False))
     assert drawn.frozen.theta == {}
     merged = [jpeft.merge(r.plan, saved.spread, r.frozen)["w"] for r in (saved, drawn)]
-    assert_close(merged[1], merged[0], 0.0)
+    assert_close(merged[1], merged[0], 1e-6)  # two programs: they may round differently
 
 
 def test_leaves_share_their_projections_up_to_scale() -> None:

@@ -107,7 +107,12 @@ def test_remat_changes_neither_values_nor_gradients(remat: str) -> None:
     def loss(model: Encoder) -> Any:
         return jax.jit(jax.value_and_grad(lambda p: jnp.square(model.apply(p, TOKENS, MASK).logits).sum()))(params)
 
-    assert_close(loss(other), loss(plain), 1e-5)
+    ours, oracle = loss(other), loss(plain)
+    # A bias of the keys moves all scores of a query alike: its gradient is zero but for rounding.
+    for _, grads in (ours, oracle):
+        attention = grads["layers"]["attention"]
+        assert jnp.abs(attention["key"].pop("bias")).max() <= 1e-5 * jnp.abs(attention["query"]["bias"]).max()
+    assert_close(ours, oracle, 1e-5)
 
 
 def test_the_program_does_not_grow_with_depth() -> None:

@@ -59,6 +59,8 @@ TWINS = [
     Twin("miss", jpeft.MiSS(rank=3), "MissConfig", {"r": 3}, lambda t: {"miss_block": t["block"]}),
     Twin("miss mini", jpeft.MiSS(rank=4, mini=2), "MissConfig", {"r": 4, "mini_r": 2, "init_weights": "mini"},
          lambda t: {"miss_block": t["block"]}),
+    Twin("miss bat", jpeft.MiSS(rank=2, bat=True), "MissConfig", {"r": 2, "init_weights": "bat"},
+         lambda t: {"miss_block": t["block"]}),
     Twin("delora", jpeft.DeLoRA(rank=3, init_weights="zero"), "DeloraConfig", {"r": 3},
          lambda t: {"delora_A": t["a"].T, "delora_B": t["b"].T, "delora_lambda": t["lambda"][None]}),
     *(Twin(f"randlora {n}", jpeft.RandLoRA(rank=3, randlora_alpha=4), "RandLoraConfig", {"r": 3, "randlora_alpha": 4},
@@ -114,3 +116,36 @@ def test_equal_outputs(twin: Twin) -> None:
     numbers = {k: np.asarray(v) for k, v in {**frozen.theta.get("w", {}), **spread["w"]}.items()}
     want = theirs(twin, np.asarray(params["w"]), twin.stored(numbers), np.asarray(x))
     assert_close(ours, jnp.asarray(want), 1e-5)
+
+
+def test_the_names_that_methods_have_there() -> None:
+    import peft
+
+    names = {m.peft_type for m in (getattr(jpeft.methods, n) for n in jpeft.methods.__all__) if m.peft_type}
+    assert names <= set(peft.PeftType.__members__)
+
+
+def test_activated_lora() -> None:
+    """There, the adapter acts on so many of the last tokens of a row; here, behind so many of the first."""
+    import peft
+    import torch
+
+    x = randomise(jnp.zeros((3, 5, 8)), 2, 1.0)
+    params = {"w": randomise(jnp.zeros((8, 6)), 1, 0.4)}
+    apply = lambda p, x: x @ p["w"]  # noqa: E731
+    plan = jpeft.plan(apply, params, (x,), {"w": jpeft.ALoRA(rank=2, alpha=6)}, tokens=jpeft.Tokens(ids=0))
+    start, frozen = jpeft.init(plan, params, jax.random.key(0))
+    spread = randomise(start, 3)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor(np.array(params["w"]).T))
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["0"], alora_invocation_tokens=[1])
+    layer = peft.inject_adapter_in_model(config, model)[0].eval()
+    with torch.no_grad():
+        for place, letter in ((layer.lora_A, "a"), (layer.lora_B, "b")):
+            place["default"].weight.copy_(torch.tensor(np.array(spread["w"][letter]).T))
+        want = layer(torch.tensor(np.array(x)), alora_offsets=[3, 5, None]).numpy()
+    call = jpeft.Call(lengths=jnp.asarray([2, 0, 5]))
+    ours = jpeft.adapt(apply, plan)(spread, frozen, x, peft=call)
+    assert_close(ours, jnp.asarray(want), 1e-5)
+    assert float(jnp.abs(ours - x @ params["w"]).max()) > 1e-2
