@@ -12,6 +12,7 @@ import optax
 
 from jpeft.cli import tasks
 from jpeft.cli.config import JobConfig
+from jpeft.cli.rules import rates
 from jpeft.cli.tasks.base import SPLITS, Adapted, Apply, Loaded
 from jpeft.core import store, transform
 from jpeft.core.method import Method
@@ -67,6 +68,7 @@ class Training:
         apply: the adapted function, as `Task.apply` returns it.
         step: the training step, compiled for every width of the batches when it is called.
         total_steps: of the whole run.
+        tx: the optimiser.
     """
 
     state: TrainState
@@ -74,6 +76,12 @@ class Training:
     apply: Apply
     step: Any
     total_steps: int
+    tx: optax.GradientTransformation
+
+    def again(self, loaded: Loaded, plan: Plan) -> Training:
+        """Return the start of a run of the same plan with another seed, which shares all programs with this one."""
+        trainable, frozen = _fresh(loaded, plan)
+        return dataclasses.replace(self, state=_state(loaded.config, trainable, self.tx), frozen=frozen)
 
 
 def training(loaded: Loaded, made: Epochs) -> Training:
@@ -83,15 +91,23 @@ def training(loaded: Loaded, made: Epochs) -> Training:
         TrainConfigError: the optimiser's fields do not fit together.
     """
     config, plan = loaded.config, loaded.plan
-    root = jax.random.key(config.seed)
-    trainable, frozen = transform.init(plan, loaded.params, jax.random.fold_in(root, 0))
+    trainable, frozen = _fresh(loaded, plan)
     total = config.train.total(len(made))
     tx, schedule = optimizer(config, total, trainable, plan)
     apply = loaded.task.apply(loaded, plan)
     has_penalty = any(type(e.method).penalty is not Method.penalty for e in plan.entries)
     loss = loaded.task.loss(apply, (lambda t, f: transform.penalty(plan, t, f)) if has_penalty else None)
     step = make_train_step(loss, tx, schedule=schedule)
-    return Training(create(trainable, tx, jax.random.fold_in(root, 1)), frozen, apply, step, total)
+    return Training(_state(config, trainable, tx), frozen, apply, step, total, tx)
+
+
+def _fresh(loaded: Loaded, plan: Plan) -> Any:
+    root = jax.random.key(loaded.config.seed)
+    return transform.init(plan, loaded.params, jax.random.fold_in(root, 0))
+
+
+def _state(config: JobConfig, trainable: Any, tx: optax.GradientTransformation) -> TrainState:
+    return create(trainable, tx, jax.random.fold_in(jax.random.key(config.seed), 1))
 
 
 def optimizer(config: JobConfig, total: int, trainable: Any,
@@ -101,7 +117,7 @@ def optimizer(config: JobConfig, total: int, trainable: Any,
     betas = None if t.betas is None else (t.betas[0], t.betas[1])
     rate = t.learning_rate or 0.0
     return make(Optimizer(t.optimizer, rate, t.schedule, t.warmup, t.weight_decay, t.clip, betas, t.eps,
-                          t.lora_plus), total, trainable, plan)
+                          t.lora_plus, rates(config.rules, plan)), total, trainable, plan)
 
 
 def load_adapter(loaded: Loaded, folder: Path, made: Apply | None = None) -> Adapted:

@@ -23,6 +23,7 @@ from jpeft.errors import ConfigError, nearest
 from jpeft.methods import Full
 
 D = TypeVar("D", bound=Rows)
+S = TypeVar("S", bound=BaseModel)
 EPOCHS = 2  # where neither epochs nor steps are given
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SECTIONS = ("data.", "model.", "train.", "test.")  # how a sentence about several fields begins
@@ -221,6 +222,20 @@ def load(path: str | os.PathLike[str], settings: Sequence[str] = (), name: str |
         ConfigError: the file is not there, is no YAML, or a field is unknown, missing or wrong.
         PlanError: a method, or one of its fields, is unknown or wrong.
     """
+    data = read(path, settings)
+    if "entries" in data and "model" not in data:
+        raise ConfigError(f"{path} compares several methods and is no job; run it with: jpeft compare {path}")
+    if name is not None:
+        data["name"] = name
+    return resolve(data, str(path))
+
+
+def read(path: str | os.PathLike[str], settings: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a configuration file as plain data and apply overrides.
+
+    Raises:
+        ConfigError: the file is not there or is no YAML mapping, or an override is none.
+    """
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
@@ -231,9 +246,7 @@ def load(path: str | os.PathLike[str], settings: Sequence[str] = (), name: str |
         raise ConfigError(f"{file} holds no mapping; write a configuration as in configs/quickstart.yaml")
     for setting in settings:
         yamlio.override(data, setting)
-    if name is not None:
-        data["name"] = name
-    return resolve(data, str(file))
+    return data
 
 
 def resolve(data: dict[str, Any], where: str) -> JobConfig:
@@ -248,10 +261,7 @@ def resolve(data: dict[str, Any], where: str) -> JobConfig:
         shape: type[JobConfig] = generic[datakinds.kind(data)]
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
-    try:
-        job: JobConfig = shape.model_validate(data)
-    except pydantic.ValidationError as error:
-        raise ConfigError(f"{where}: {_sentence(error, data, shape)}") from error
+    job: JobConfig = checked(shape, data, where)
     try:
         methods = to_methods(job.rules)
     except ConfigError as error:
@@ -268,6 +278,18 @@ def resolve(data: dict[str, Any], where: str) -> JobConfig:
         "data": job.data.model_copy(update=job.data.gaps()),
         "train": job.train.model_copy(update={"learning_rate": float(rate), "epochs": epochs}),
     })
+
+
+def checked(shape: type[S], data: dict[str, Any], where: str) -> S:
+    """Return the fields of plain data.
+
+    Raises:
+        ConfigError: one is unknown, missing or wrong; `where` and its full path name it.
+    """
+    try:
+        return shape.model_validate(data)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{where}: {_sentence(error, data, shape)}") from error
 
 
 def write(job: JobConfig, command: str) -> bytes:
@@ -298,7 +320,8 @@ def _known(model: type[BaseModel], prefix: str = "") -> list[str]:
         found.append(prefix + name)
         for part in (field.annotation, *typing.get_args(field.annotation)):
             if isinstance(part, type) and issubclass(part, BaseModel):
-                found += _known(part, f"{prefix}{name}.")
+                each = "NAME." if typing.get_origin(field.annotation) is dict else ""
+                found += _known(part, f"{prefix}{name}.{each}")
     return found
 
 

@@ -79,12 +79,17 @@ class DataConfig(_Split, _Bucketed):
     """Which rows, and how they become batches: texts and their classes.
 
     Attributes:
-        source: a CSV, JSONL or Parquet file: a path, or a source as of the model.
+        source: a CSV, JSONL, Parquet or Orange file: a path, or a source as of the model.
+        test_source: the same with the rows for the test, of which `test` are used; null: they are among the others.
+        unique: columns: rows that equal an earlier one in all of them are dropped, and counted; test rows also where
+            they equal one of the others.
         text: column of the texts.
         label: column of the labels: numbers, or names of classes.
         classes: names of the classes in the order of their numbers, or how many there are.
     """
 
+    test_source: str | None = None
+    unique: list[str] = Field(default_factory=list)
     text: str = "text"
     label: str = "label"
     classes: list[str] | int
@@ -96,6 +101,10 @@ class DataConfig(_Split, _Bucketed):
         if len(names) < 2 or len(set(names)) != len(names):
             raise ValueError("must be two or more different names, or a number from 2")
         return value
+
+    def gaps(self) -> dict[str, Any]:
+        apart = {} if self.test_source is None else {"test_source": absolute(self.test_source)}
+        return {**super().gaps(), **apart}
 
     @property
     def names(self) -> tuple[str, ...]:

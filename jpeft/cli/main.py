@@ -168,13 +168,40 @@ def methods(
         _console().print(tables.table(listing.HEAD, listing.rows(), left=len(listing.HEAD)), listing.NOTE, sep="\n")
 
 
-@app.command(**_example("jpeft compare configs/quickstart*.yaml --run --markdown"))
+@app.command(**_example("jpeft compare configs/compare_minilm.yaml --only lora --max-minutes 30"))
 def compare(
-    targets: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or configurations.")],
+    targets: Annotated[list[Path], typer.Argument(
+        metavar="RUN...", help="Folders of runs, or configurations; or the configuration of one board.")],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     run: Annotated[bool, typer.Option("--run", help="Run, or finish, the configurations that lack a result.")] = False,
+    settings: Settings = None,
+    only: Annotated[list[str] | None, typer.Option(
+        "--only", metavar="ENTRY", help="Of a board: run this entry; may be given often.")] = None,
+    seeds: Annotated[str | None, typer.Option("--seeds", metavar="0,1", help="Of a board: run these seeds.")] = None,
+    minutes: Annotated[float | None, typer.Option(
+        "--max-minutes", min=0, help="Of a board: begin no run after this time; 0 only writes table and plot.")] = None,
+    again: Annotated[bool, typer.Option(
+        "--again", help="Of a board: replace results of another configuration.")] = False,
 ) -> None:
-    """Show the results of several runs in one table."""
+    """Show the results of several runs in one table; or run a board, entry by entry, and write table and plot."""
+    from jpeft.cli.board.config import is_board
+
+    boards = [target for target in targets if target.suffix in (".yaml", ".yml") and is_board(target)]
+    if boards and len(targets) > 1:
+        raise ConfigError(f"{boards[0]} is a board, which is run alone; name it without the others")
+    if boards:
+        from jpeft.cli.board import command as board
+
+        if (code := board.run(boards[0], settings or [], only or [], seeds, minutes, again, _say)) != 0:
+            raise typer.Exit(code)
+        return
+    if settings or only or seeds or minutes is not None or again:
+        raise ConfigError("--set, --only, --seeds, --max-minutes and --again are for boards; drop them, or name "
+                          "one, such as configs/compare_minilm.yaml")
+    _compare(targets, markdown, run)
+
+
+def _compare(targets: Sequence[Path], markdown: bool, run: bool) -> None:
     from jpeft.cli import runs, tables
     from jpeft.cli.config import load
 

@@ -22,10 +22,13 @@ class ProgressBar(Hook):
         console: where; it should be that of the standard error stream, so that results can be piped.
         monitor: the metric that an evaluation is judged by.
         tokens: of a step, on average, where speed is told in tokens.
+        quiet: show evaluations in the bar alone.
     """
 
-    def __init__(self, console: Console, monitor: str = "accuracy", tokens: float | None = None) -> None:
+    def __init__(self, console: Console, monitor: str = "accuracy", tokens: float | None = None,
+                 quiet: bool = False) -> None:
         self._console = console
+        self._quiet = quiet
         self._classifies = monitor == "accuracy"
         self._tokens = tokens
         self._recent: deque[tuple[float, float, float, float]] = deque(maxlen=WINDOW)
@@ -54,6 +57,8 @@ class ProgressBar(Hook):
         name, value = ("acc", f"{metrics['accuracy']:.4f}") if self._classifies else (
             "perplexity", f"{metrics['perplexity']:.3f}")
         self._bar.update(self._task, judged=f"val {name} {value}")
+        if self._quiet:
+            return
         took = time.perf_counter() - self._started
         self._console.print(f"step {n}/{self._total}  {self._shown()}  validation loss {metrics['loss']:.4f}  {name} "
                             f"{value}  ({took:.0f} s)", highlight=False, soft_wrap=True)

@@ -15,33 +15,40 @@ from typing import Any
 import pydantic
 
 import jpeft.methods
-from jpeft.core.match import Layers, Pattern, layers
+from jpeft.core.match import Layers, Pattern, find, layers
 from jpeft.core.method import Method
+from jpeft.core.plan import Plan
 from jpeft.core.tokens import Tokens
 from jpeft.errors import ConfigError, nearest
 from jpeft.methods import Chain
 
 METHODS: dict[str, type[Any]] = {name: getattr(jpeft.methods, name) for name in jpeft.methods.__all__}
+BESIDE = ("layers", "learning_rate")  # keys of a rule that are no fields of its method
 
 
 def to_methods(rules: Mapping[str, Mapping[str, Any]]) -> dict[Pattern, Method]:
     """Make the rules of `jpeft.plan` from plain data.
 
-    A rule is `{method: Name, field: value, ...}`; `layers: [0, 1]` beside them limits it to some layers, and
-    `{method: Chain, methods: [{method: ...}, ...]}` puts several methods on one leaf.
+    A rule is `{method: Name, field: value, ...}`; `layers: [0, 1]` beside them limits it to some layers,
+    `learning_rate: 1e-3` gives what it trains a rate of its own (see `rates`), and `{method: Chain, methods: [{method:
+    ...}, ...]}` puts several methods on one leaf.
 
     Args:
         rules: pattern -> rule, in order.
 
     Raises:
-        ConfigError: a method or a field is unknown, or a value is of the wrong kind.
+        ConfigError: a method or a field is unknown, or a value is of the wrong kind or no learning rate.
         MethodConfigError: a value is out of its range.
 
     Example:
         >>> to_methods({"attention": {"method": "LoRA", "rank": 4}})["attention"].rank
         4
     """
-    found = {_pattern(pattern, rule): _method(f"rules.{pattern}", {k: v for k, v in rule.items() if k != "layers"})
+    for pattern, rule in rules.items():
+        rate = rule.get("learning_rate", 1.0)
+        if type(rate) not in (int, float) or not 0 < rate < float("inf"):
+            raise ConfigError(f"rules.{pattern}.learning_rate = {rate!r} must be a number above 0")
+    found = {_pattern(pattern, rule): _method(f"rules.{pattern}", {k: v for k, v in rule.items() if k not in BESIDE})
              for pattern, rule in rules.items()}
     for (pattern, method) in zip(rules, found.values(), strict=True):
         late = [type(part).__name__ for _, part in method.parts if part.goes_on]
@@ -49,6 +56,25 @@ def to_methods(rules: Mapping[str, Mapping[str, Any]]) -> dict[Pattern, Method]:
             raise ConfigError(f"rules.{pattern} has {late[0]}, which acts from a token on that each call names "
                               "(jpeft.Call(lengths=...)), and a job's rows name none; use LoRA, or a loop of your own")
     return found
+
+
+def rates(rules: Mapping[str, Mapping[str, Any]], plan: Plan) -> dict[str, float]:
+    """Return the learning rates that checked rules set for themselves, by the path of each leaf that they took.
+
+    Example:
+        >>> import jax.numpy as jnp, jpeft
+        >>> rules = {"head": {"method": "Full", "learning_rate": 0.1}, ".*": {"method": "Full"}}
+        >>> params = {"w": jnp.ones((2, 2)), "head": jnp.ones((2, 2))}
+        >>> plan = jpeft.plan(lambda p, x: x @ p["w"] @ p["head"], params, (jnp.ones((1, 2)),), to_methods(rules))
+        >>> rates(rules, plan)
+        {'head': 0.1}
+    """
+    sites = {site.path: site for site in plan.sites}
+    found: dict[str, float | None] = {}
+    for pattern, rule in rules.items():
+        for path in find(_pattern(pattern, rule), sites, "rule"):
+            found.setdefault(path, rule.get("learning_rate"))
+    return {path: float(rate) for path, rate in found.items() if rate is not None}
 
 
 def tokens_for(methods: Mapping[Pattern, Method], token_types: bool) -> Tokens | None:
@@ -85,7 +111,7 @@ def _method(where: str, rule: Any) -> Method:
     known = [f.name for f in dataclasses.fields(METHODS[name])]
     for key in fields:
         if key not in known:
-            hint = f"the nearest is {_full(where, key, known)!r}" if known else f"{name} has no fields"
+            hint = f"the nearest is {_full(where, key, [*known, *(one for one in BESIDE if one != key)])!r}"
             raise ConfigError(f"unknown key '{where}.{key}'; {hint}")
     if name == "Chain":
         parts = fields.get("methods")

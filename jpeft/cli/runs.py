@@ -66,8 +66,9 @@ def describe(rules: dict[str, dict[str, Any]]) -> str:
         >>> describe({"attention": {"method": "LoRA", "rank": 8}, "head/.*": {"method": "Full"}})
         'LoRA(rank=8) + Full'
     """
+    hidden = ("method", "learning_rate")
     named = [rule["method"] + (f"({said})" if (said := ", ".join(
-        f"{k}={v}" for k, v in rule.items() if k != "method")) else "") for rule in rules.values()]
+        f"{k}={v}" for k, v in rule.items() if k not in hidden)) else "") for rule in rules.values()]
     return " + ".join(sorted(dict.fromkeys(named), key=lambda name: name == "Full"))
 
 

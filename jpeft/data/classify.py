@@ -48,6 +48,7 @@ class Examples:
         type_ids: token types of each row, like `ids`; None for a model that has none.
         cut: rows that lost tokens to `max_length`, bool `[N]`.
         pad_id: id that fills short rows.
+        notes: what a reader must know of where they came from, such as how many rows were left out.
     """
 
     ids: list[np.ndarray]
@@ -55,6 +56,7 @@ class Examples:
     type_ids: list[np.ndarray] | None
     cut: np.ndarray
     pad_id: int
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         parts = (self.ids, self.labels, self.cut, self.ids if self.type_ids is None else self.type_ids)
@@ -83,7 +85,8 @@ class Examples:
         """
         rows = numbers(indices, len(self))
         types = None if self.type_ids is None else [self.type_ids[i] for i in rows]
-        return Examples([self.ids[i] for i in rows], self.labels[rows], types, self.cut[rows], self.pad_id)
+        return Examples([self.ids[i] for i in rows], self.labels[rows], types, self.cut[rows], self.pad_id,
+                        self.notes)
 
 
 def encode(tokenizer: Encodes, texts: Sequence[str], labels: Sequence[Any], *, classes: Sequence[str] | int,

@@ -152,12 +152,29 @@ def distinct(table: Table, columns: Sequence[str]) -> Kept:
     if isinstance(columns, str) or not columns:
         raise ColumnError(f"the columns that tell rows apart are {columns!r}, must be a list of names; name at least "
                           "one")
-    values = [[as_text(value) for value in table.column(name)] for name in columns]
     first: dict[tuple[str | None, ...], int] = {}
-    for i, one in enumerate(zip(*values, strict=True)):
+    for i, one in enumerate(_values(table, columns)):
         first.setdefault(one, i)
     left = _rows(table, list(first.values()))
     return Kept(left, len(table) - len(left))
+
+
+def without(table: Table, others: Table, columns: Sequence[str]) -> Kept:
+    """Drop the rows that equal a row of another table in these columns.
+
+    Raises:
+        ColumnError: one of the tables has no such column.
+        EmptyDataError: no row is left.
+
+    Example:
+        >>> without(Table({"q": ["a", "b"]}, "test"), Table({"q": ["b", "c"]}, "train"), ["q"])
+        Kept(table=Table(columns={'q': ['a']}, where='test'), dropped=1)
+    """
+    seen = set(_values(others, columns))
+    rows = [i for i, values in enumerate(_values(table, columns)) if values not in seen]
+    if not rows:
+        raise EmptyDataError(f"every row of {table.where} is one of {others.where}; name files of other rows")
+    return Kept(_rows(table, rows), len(table) - len(rows))
 
 
 def read_texts(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Text]:
@@ -264,6 +281,10 @@ def _regex(pattern: str, flags: int = 0) -> re.Pattern[str]:
         return re.compile(pattern, flags)
     except (re.error, TypeError) as error:
         raise TemplateError(f"{pattern!r} is no regular expression ({error}); correct it") from error
+
+
+def _values(table: Table, columns: Sequence[str]) -> list[tuple[str | None, ...]]:
+    return list(zip(*([as_text(value) for value in table.column(name)] for name in columns), strict=True))
 
 
 def _rows(table: Table, rows: Sequence[int]) -> Table:

@@ -1,4 +1,4 @@
-"""Rows of a CSV, JSON lines or Parquet file, as columns."""
+"""Rows of a CSV, JSON lines, Parquet or Orange file, as columns."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from jpeft.errors import ColumnError, DataFileError, EmptyDataError, nearest
 
 Columns = dict[str, list[Any]]
 
+# Kinds of a column in Orange's files; the values of a discrete one may be listed in its place.
+_ORANGE = re.compile(r"d|discrete|c|continuous|s|string|t|time|b|basket|-?[\w.]+( -?[\w.]+)+|")
 _FIELD_LIMIT = 2**31 - 1  # the largest that the csv module takes where a C long has 32 bits
 
 
@@ -60,6 +63,8 @@ def read_table(path: str | os.PathLike[str], *, where: Mapping[str, Any] | None 
       line names the columns. All values are strings.
     - `.jsonl`, `.json`: a JSON object on each line; columns are the union of the keys.
     - `.parquet`: needs the pyarrow package.
+    - `.tab`: as the Orange suite writes: values between tabs, and three lines before the rows, which hold the names of
+      the columns, their types, and flags. All values are strings.
 
     Blank lines of text files are no rows. Anything else that is not a row is an error with its line number.
 
@@ -146,10 +151,10 @@ def decoded(path: Path) -> str:
         raise DataFileError(f"{path} line {line} is not UTF-8 (byte {byte:#04x}); save it as UTF-8") from error
 
 
-def _csv(path: Path) -> Columns:
+def _csv(path: Path, delimiter: str = ",", orange: bool = False) -> Columns:
     limit = csv.field_size_limit(_FIELD_LIMIT)
     try:
-        reader = csv.reader(io.StringIO(decoded(path), newline=""), strict=True)
+        reader = csv.reader(io.StringIO(decoded(path), newline=""), delimiter=delimiter, strict=True)
         rows = _records(path, reader)
         _, header = next(rows, (1, []))
         if not header:
@@ -158,6 +163,10 @@ def _csv(path: Path) -> Columns:
         if twice:
             raise DataFileError(f"{path} names the column {twice[0]!r} in its first line more than once or not at all; "
                                 "give each column a name of its own")
+        types, flags = (next(reader, []), next(reader, None)) if orange else ([], [])
+        if orange and (len(types) != len(header) or flags is None or not all(map(_ORANGE.fullmatch, types))):
+            raise DataFileError(f"{path} line 2 is {types!r:.60}, expected the types of its {len(header)} columns (d, "
+                                "c, string, ...) and a line of flags after it, as Orange writes; save it as .csv")
         kept = []
         for line, row in rows:
             if len(row) != len(header):
@@ -182,6 +191,10 @@ def _records(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
             return
         if row:
             yield line, row
+
+
+def _tab(path: Path) -> Columns:
+    return _csv(path, "\t", orange=True)
 
 
 def _jsonl(path: Path) -> Columns:
@@ -218,4 +231,5 @@ def _parquet(path: Path) -> Columns:
         raise DataFileError(f"{path} is no readable Parquet file ({said}); write it again") from error
 
 
-_READERS: dict[str, Callable[[Path], Columns]] = {".csv": _csv, ".jsonl": _jsonl, ".json": _jsonl, ".parquet": _parquet}
+_READERS: dict[str, Callable[[Path], Columns]] = {".csv": _csv, ".jsonl": _jsonl, ".json": _jsonl, ".parquet": _parquet,
+                                                  ".tab": _tab}

@@ -49,7 +49,7 @@ class Pfeiffer(Method):
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
     hooks: ClassVar[bool] = True
-    recommended_lr: ClassVar[float] = 1e-4
+    recommended_lr: ClassVar[float] = 1e-3
     formula: ClassVar[str] = "h * (2 * out + 1) + out"
 
     def __post_init__(self) -> None:
@@ -160,7 +160,6 @@ class AdapterPlus(Pfeiffer):
     reduction_factor: float = 96.0
     activation: str = "gelu"
 
-    recommended_lr: ClassVar[float] = 1e-3
     formula: ClassVar[str] = "h * (2 * out + 1) + 2 * out"
 
     def _down(self, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:

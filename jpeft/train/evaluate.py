@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jpeft.errors import BatchesError
 from jpeft.train.losses import Apply, Batch, logits_of, mean_and_count, sums
@@ -40,13 +42,37 @@ def evaluate(apply_logits: Apply, trainable: Any, frozen: Any, batches: Iterable
         >>> evaluate(apply, {"table": 20 * jnp.eye(2)}, None, [batch])
         {'loss': 10.0, 'accuracy': 0.5, 'count': 2.0}
     """
+    return judged(apply_logits, trainable, frozen, batches).metrics
+
+
+class Judged(NamedTuple):
+    """What `evaluate` returns, and which rows are right: bool `[N]`, in the order of the batches, fillers left out."""
+
+    metrics: dict[str, float]
+    right: np.ndarray
+
+
+def judged(apply_logits: Apply, trainable: Any, frozen: Any, batches: Iterable[Batch]) -> Judged:
+    """Return what `evaluate` returns, and row by row which are right: two models are compared on the same rows.
+
+    Args and errors are those of `evaluate`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> batch = {"tokens": jnp.zeros((3, 1), int), "attention_mask": jnp.ones((3, 1), int),
+        ...          "labels": jnp.array([0, 1, 0]), "weights": jnp.array([1.0, 1.0, 0.0])}
+        >>> judged(lambda t, f, tokens, mask, key=None: jnp.eye(2)[tokens[:, 0]], None, None, [batch]).right.tolist()
+        [True, False]
+    """
     loss = correct = count = 0.0
+    right: list[np.ndarray] = []
     for scores in _fetched(_classified(apply_logits), trainable, frozen, batches):
         loss, correct = loss + float(scores["loss"]), correct + float(scores["correct"])
         count += float(scores["count"])
+        right.append(scores["right"][scores["real"]])
     if count == 0:
         raise BatchesError("there are no rows to evaluate on; give batches with rows whose weights are not 0")
-    return {"loss": loss / count, "accuracy": correct / count, "count": count}
+    return Judged({"loss": loss / count, "accuracy": correct / count, "count": count}, np.concatenate(right))
 
 
 def evaluate_lm(apply_loss: Apply, trainable: Any, frozen: Any, batches: Iterable[Batch]) -> dict[str, float]:
@@ -101,8 +127,9 @@ def _fetched(score: Any, trainable: Any, frozen: Any, batches: Iterable[Batch]) 
 @functools.lru_cache(maxsize=16)
 def _classified(apply: Apply) -> Any:
     def score(trainable: Any, frozen: Any, batch: Batch) -> dict[str, jax.Array]:
-        loss, metrics = sums(logits_of(apply, trainable, frozen, batch, None), batch["labels"], batch["weights"])
-        return {"loss": loss, **metrics}
+        logits, real = logits_of(apply, trainable, frozen, batch, None), batch["weights"] > 0
+        loss, metrics = sums(logits, batch["labels"], batch["weights"])
+        return {"loss": loss, **metrics, "real": real, "right": real & (jnp.argmax(logits, -1) == batch["labels"])}
 
     return jax.jit(score)
 

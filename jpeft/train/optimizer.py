@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ class Optimizer:
             (0.9, 0.99), for SGD no momentum. Adafactor has none.
         eps: of Adam.
         lora_plus: how many times larger the learning rate of LoRA's `b` is; None: it is not.
+        rates: path of a leaf -> the peak of what trains there, in place of `learning_rate`.
 
     Raises:
         TrainConfigError: a field has a value that makes no sense.
@@ -49,6 +50,7 @@ class Optimizer:
     betas: tuple[float, float] | None = None
     eps: float = 1e-8
     lora_plus: float | None = None
+    rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for field, known in (("name", NAMES), ("schedule", SCHEDULES)):
@@ -60,6 +62,9 @@ class Optimizer:
             value = getattr(self, field)
             if value is not None and not 0 < value < float("inf"):
                 raise TrainConfigError(f"{field} = {value!r} must be a number above 0")
+        for path, value in self.rates.items():
+            if not 0 < value < float("inf"):
+                raise TrainConfigError(f"rates[{path!r}] = {value!r} must be a number above 0")
         if not 0 <= self.weight_decay < float("inf"):
             raise TrainConfigError(f"weight_decay = {self.weight_decay!r} must be 0 or more")
         if self.name == "adam" and self.weight_decay:
@@ -85,7 +90,8 @@ def make(
 
     Raises:
         MethodConfigError: a method's schedule does not fit `total_steps`.
-        TrainConfigError: there is no learning rate, or the warm-up is longer than the training.
+        TrainConfigError: there is no learning rate, the warm-up is longer than the training, or a path of `rates` is
+            none.
         NoMatchError: LoRA+ finds no entry `b` beside an `a`.
 
     Example:
@@ -106,9 +112,24 @@ def make(
         tx = lora_plus(rate, optimizer.lora_plus, trainable=trainable, base=base)
     else:
         tx = base(rate)
+    if optimizer.rates:
+        tx = optax.chain(tx, _scaled({path: own / peak for path, own in optimizer.rates.items()}, trainable))
     if optimizer.clip is not None:
         tx = optax.chain(optax.clip_by_global_norm(optimizer.clip), tx)
     return tx if plan is None else scheduled(tx, plan, total_steps), rate
+
+
+def _scaled(factors: Mapping[str, float], trainable: Any) -> optax.GradientTransformation:
+    """Return what scales the updates of some leaves: an update is proportional to the learning rate."""
+    known = list(trainable) if isinstance(trainable, Mapping) else []
+    for path in factors:
+        if path not in known:
+            raise TrainConfigError(f"rates has the path {path!r}, where nothing trains; {nearest(path, known)}")
+
+    def scale(updates: Any, params: Any = None) -> Any:
+        return {path: optax.tree.scale(factors.get(path, 1.0), update) for path, update in updates.items()}
+
+    return optax.stateless(scale)
 
 
 def schedule(kind: str, peak: float, warmup: float, total_steps: int) -> optax.Schedule:

@@ -37,6 +37,8 @@ def file(tmp_path: Path) -> Path:
     ("rules.attention.rank=x", "rules.attention.rank = 'x' must be int | tuple[int, ...]"),
     ("rules.attention.alpha='3'", "rules.attention.alpha = '3' must be float"),
     ("rules.attention.layers=0", "must be a list of layer numbers"),
+    ("rules.attention.learning_rate=0", "rules.attention.learning_rate = 0 must be a number above 0"),
+    ("rules.attention.learning_rat=1", "the nearest is 'rules.attention.learning_rate'"),
     ("rules.attention=LoRA", "rules.attention = 'LoRA' should be a valid dictionary"),
     ("rules.attention={rank: 3}", "names no method"),
     ("rules.attention={method: Chain, methods: 3}", "must be a list of two or more rules"),

@@ -186,3 +186,21 @@ def test_a_file_that_may_not_be_read(write: Write, monkeypatch: pytest.MonkeyPat
 def test_columns_of_unequal_length() -> None:
     with pytest.raises(ColumnError, match=r"columns of here have unequal lengths, \{'a': 1, 'b': 0\}"):
         Table({"a": [1], "b": []}, "here")
+
+
+TAB = "Category\tText\nd\tstring\nclass\t\n"
+
+
+def test_orange_files_have_three_lines_before_their_rows(write: Write) -> None:
+    rows = 'rec.autos\tmy old car\nsci.med\t"a ""tab""\there"\n'
+    want = {"Category": ["rec.autos", "sci.med"], "Text": ["my old car", 'a "tab"\there']}
+    assert read_table(write("a.tab", TAB + rows)).columns == want
+    assert read_table(write("b.tab", TAB.replace("class\t", "") + rows)).columns == want  # no flags at all
+
+
+def test_a_table_that_is_not_oranges_is_refused(write: Write) -> None:
+    plain = write("a.tab", "Category\tText\n" + 2 * "rec.autos\tmy old car\n")
+    assert "line 2 is ['rec.autos', 'my old car']" in fails(plain, DataFileError)
+    assert "line 2 is []" in fails(write("b.tab", "Category\tText\n"), DataFileError)
+    assert "has no rows" in fails(write("c.tab", TAB), EmptyDataError)
+    assert "line 5 has 1 values" in fails(write("d.tab", TAB + "sci.med\tx\nsci.med\n"), DataFileError)

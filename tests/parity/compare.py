@@ -77,42 +77,6 @@ def read(path: Path) -> Result:
     return Result(**values)
 
 
-@dataclasses.dataclass(frozen=True)
-class Gain:
-    """A difference of accuracies and its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{100 * self.mean:+.2f} [{100 * self.low:+.2f}, {100 * self.high:+.2f}]"
-
-
-def gain(ours: np.ndarray, theirs: np.ndarray, resamples: int = 10_000, seed: int = 0) -> Gain:
-    """Bootstrap the difference of two mean accuracies on the same examples.
-
-    Seeds are averaged per example first; then the examples are drawn with replacement, both sides together. The
-    interval is that of the percentiles 2.5 and 97.5: it is about the choice of test examples, not that of seeds.
-
-    Args:
-        ours: `[seeds, N]` of bool.
-        theirs: `[seeds, N]` of bool; the number of seeds may differ.
-        resamples: draws of N examples.
-        seed: of the draws.
-    """
-    ours, theirs = np.atleast_2d(ours), np.atleast_2d(theirs)
-    if ours.shape[1] != theirs.shape[1] or not ours.size or not theirs.size:
-        raise ValueError(f"both sides need the same test examples, found {ours.shape[1]} and {theirs.shape[1]}")
-    each = ours.mean(0) - theirs.mean(0)
-    rng, means = np.random.default_rng(seed), []
-    for start in range(0, resamples, 500):
-        drawn = rng.integers(0, len(each), (min(500, resamples - start), len(each)))
-        means.append(each[drawn].mean(1))
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return Gain(float(each.mean()), float(low), float(high))
-
-
 def check(results: Sequence[Result]) -> None:
     """Raise ValueError if the results are not of one experiment: other examples, batches, steps or run twice."""
     if not results:
@@ -134,6 +98,8 @@ def check(results: Sequence[Result]) -> None:
 
 def table(results: Sequence[Result], resamples: int = 10_000) -> str:
     """Return the report: accuracies, differences with intervals, and cost as ratios."""
+    from jpeft.train.bootstrap import gain  # the side that runs torch writes results where there is no JAX
+
     check(results)
     groups = {(s, m): [r for r in results if (r.side, r.method) == (s, m)] for s in SIDES for m in METHODS}
     groups = {name: found for name, found in groups.items() if found}

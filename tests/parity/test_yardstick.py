@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from parity import batchfile, compare, yardstick
 from parity.batchfile import Batch, BatchFile
-from parity.compare import Gain, Result, gain
+from parity.compare import Result
 from parity.memory import Memory
+
+from jpeft.train.bootstrap import Gain, gain
 
 
 def test_bootstrap_of_equals_is_zero() -> None:
@@ -42,7 +44,7 @@ def test_bootstrap_is_paired() -> None:
 
 
 def test_bootstrap_of_other_examples() -> None:
-    with pytest.raises(ValueError, match="same test examples, found 4 and 5"):
+    with pytest.raises(ValueError, match="accuracies on 4 and 5 rows cannot be paired"):
         gain(np.ones(4), np.ones(5))
 
 

@@ -113,3 +113,17 @@ def test_arguments_that_do_not_fit():
         make(Optimizer(learning_rate=0.1), 0, PARAMS)
     with pytest.raises(NoMatchError, match=r"LoRA\+ needs"):
         make(Optimizer(learning_rate=0.1, lora_plus=4.0), 5, {"s": PARAMS["s"]})
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor"])
+def test_a_leaf_may_have_a_rate_of_its_own(name):
+    """Which is what training with that rate alone would do to it, decay included."""
+    own, _ = make(Optimizer(name, 0.1, weight_decay=0.3, rates={"w": 0.02}), 5, PARAMS)
+    mixed, slow, fast = (after(tx) for tx in (own, *(make(Optimizer(name, rate, weight_decay=0.3), 5, PARAMS)[0]
+                                                     for rate in (0.02, 0.1))))
+    for found, want in ((mixed["w"], slow["w"]), (mixed["s"], fast["s"])):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6), found, want)
+    with pytest.raises(TrainConfigError, match="rates has the path 'v', where nothing trains; nearest: "):
+        make(Optimizer(name, 0.1, rates={"v": 1.0}), 5, PARAMS)
+    with pytest.raises(TrainConfigError, match="must be a number above 0"):
+        Optimizer(name, rates={"w": 0.0})

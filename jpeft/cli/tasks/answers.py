@@ -73,9 +73,15 @@ def answers(model: Writing, prompts: Sequence[Ids], config: GenerateConfig) -> l
 
 
 def right(wrote: Sequence[Generation], questions: Sequence[Question]) -> Metrics:
-    """Return which share of the answers is the right one, letter by letter but for spaces around it."""
-    hits = [one.text.strip() == question.answer.strip() for one, question in zip(wrote, questions, strict=True)]
-    return {"exact_match": sum(hits) / len(hits), "answers": float(len(hits))}
+    """Return which share of the answers is the right one."""
+    found = hits(wrote, questions)
+    return {"exact_match": float(found.mean()), "answers": float(len(found))}
+
+
+def hits(wrote: Sequence[Generation], questions: Sequence[Question]) -> np.ndarray:
+    """Return which answers are the right ones, letter by letter but for spaces around them."""
+    return np.array([one.text.strip() == question.answer.strip() for one, question in
+                     zip(wrote, questions, strict=True)])
 
 
 def most_frequent(known: Sequence[str], questions: Sequence[Question]) -> tuple[str, Metrics]:

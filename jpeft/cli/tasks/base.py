@@ -8,6 +8,8 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 
+import numpy as np
+
 from jpeft.cli.config import JobConfig
 from jpeft.cli.rules import to_methods, tokens_for
 from jpeft.core import planning
@@ -92,6 +94,7 @@ class Tested(NamedTuple):
         baseline: what needs no model, such as always giving the most frequent answer.
         samples: Markdown with some answers; "": none.
         notes: what a reader must know, a line each.
+        hits: which rows or answers are right, bool `[N]`; None where nothing is right or wrong.
     """
 
     after: Metrics
@@ -99,6 +102,7 @@ class Tested(NamedTuple):
     baseline: Metrics = {}  # noqa: RUF012
     samples: str = ""
     notes: tuple[str, ...] = ()
+    hits: np.ndarray | None = None
 
 
 class Task(abc.ABC):

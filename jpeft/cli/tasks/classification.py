@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -10,18 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft.cli.config import JobConfig
+from jpeft.cli.datakinds import DataConfig
 from jpeft.cli.tasks.base import SPLITS, Adapted, Apply, Loaded, Metrics, Task, Tested
 from jpeft.core import transform
 from jpeft.core.method import Call
 from jpeft.core.plan import Plan
+from jpeft.data import rows as tables
 from jpeft.data.batches import Batches
 from jpeft.data.classify import Examples, encode
 from jpeft.data.split import split
-from jpeft.data.table import read_table
+from jpeft.data.table import Table, read_table
 from jpeft.interop import sources
 from jpeft.interop.tokenizer import Tokenizer
 from jpeft.train import losses
-from jpeft.train.evaluate import evaluate
+from jpeft.train.evaluate import evaluate, judged
 from jpeft.train.losses import Penalty
 from jpeft.train.step import LossFn
 
@@ -74,12 +77,27 @@ class Classification(Task):
 
     def load_data(self, job: JobConfig, tokenizer: Tokenizer) -> dict[str, Examples]:
         d = job.data
-        table = read_table(sources.resolve(d.source, d.sha256), where=d.where or None)
+        notes: list[str] = []
+        table = _read(d, d.source, notes)
+        examples = self._encoded(d, tokenizer, table, notes)
+        labels = examples.labels.tolist()
+        if d.test_source is None:
+            parts = split(len(examples), test=d.test, validation=d.validation, seed=d.seed, labels=labels)
+            return {name: examples.take(part) for name, part in zip(SPLITS, parts, strict=True)}
+        others = _read(d, d.test_source, notes)
+        if d.unique:
+            others, dropped = tables.without(others, table, d.unique)
+            notes += [f"left out: {dropped:,} test rows equal another one in {', '.join(d.unique)}"] * bool(dropped)
+        parts = split(len(examples), test=0, validation=d.validation, seed=d.seed, labels=labels)
+        held = self._encoded(d, tokenizer, others, notes)
+        test = split(len(held), test=d.test, validation=0, seed=d.seed, labels=held.labels.tolist()).test
+        learnt = dataclasses.replace(examples, notes=tuple(notes))
+        return {"train": learnt.take(parts.train), "validation": learnt.take(parts.validation), "test": held.take(test)}
+
+    def _encoded(self, d: DataConfig, tokenizer: Tokenizer, table: Table, notes: list[str]) -> Examples:
         classes = list(d.names) if isinstance(d.classes, list) else d.classes
-        examples = encode(tokenizer, table.column(d.text), table.column(d.label), classes=classes,
-                          max_length=d.max_length)
-        parts = split(len(examples), test=d.test, validation=d.validation, seed=d.seed, labels=examples.labels.tolist())
-        return {name: examples.take(part) for name, part in zip(SPLITS, parts, strict=True)}
+        made = encode(tokenizer, table.column(d.text), table.column(d.label), classes=classes, max_length=d.max_length)
+        return dataclasses.replace(made, notes=tuple(notes))
 
     def batches(self, job: JobConfig, rows: Examples, shuffle: bool) -> Batches:
         return Batches(rows, job.train.batch_size, job.data.widths, seed=job.seed, shuffle=shuffle)
@@ -92,12 +110,15 @@ class Classification(Task):
         cut = sum(examples.truncated for examples in data.values())
         said = f"{len(made):,} batches of {made.batch_size} an epoch, {made.waste():.0%} of them padding"
         long = f"truncated: {cut:,} texts are longer than data.max_length = {job.data.max_length} tokens"
-        return [f"rows: {counts}; {said}", *([long] if cut else [])]
+        return [f"rows: {counts}; {said}", *data["train"].notes, *([long] if cut else [])]
 
     def test(self, adapted: Adapted, rows: Examples, compare: bool) -> Tested:
         made = self.batches(adapted.loaded.config, rows, False)
         batches = (made.make(0, i) for i in range(len(made)))
-        return Tested(self.evaluate(adapted.apply, adapted.trainable, adapted.frozen, batches))
+        found = judged(adapted.apply, adapted.trainable, adapted.frozen, batches)
+        hits = np.zeros(len(rows), bool)
+        hits[np.concatenate([part for part, _ in made.epoch(0)])] = found.right
+        return Tested(found.metrics, hits=hits)
 
     def predict(self, adapted: Adapted, texts: Sequence[str]) -> tuple[list[str], list[str]]:
         found, truncated = self.probabilities(adapted, list(texts))
@@ -132,3 +153,14 @@ class Classification(Task):
     def result(self, summary: RunSummary) -> list[tuple[str, str]]:
         said = f"{summary.test['accuracy']:.4f} on {summary.test['count']:,.0f} rows"
         return [("test accuracy", f"{said}, best step {summary.best_step} of {summary.steps}")]
+
+
+def _read(d: DataConfig, source: str, notes: list[str]) -> Table:
+    """Return the rows of one file, without those that equal an earlier one, and note how many were left out."""
+    table = read_table(sources.resolve(source, d.sha256), where=d.where or None)
+    if not d.unique:
+        return table
+    kept = tables.distinct(table, d.unique)
+    notes += [f"left out: {kept.dropped:,} rows of {table.where} equal an earlier one in {', '.join(d.unique)}"] * bool(
+        kept.dropped)
+    return kept.table

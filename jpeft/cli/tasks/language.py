@@ -104,7 +104,7 @@ class Language(Task):
                     f"{config.max_new_tokens}"] if cut else []))
         return Tested({**tested.after, **answers.right(after, questions)},
                       {**tested.before, **(answers.right(before, questions) if before else {})},
-                      baseline, shown, (*tested.notes, *notes))
+                      baseline, shown, (*tested.notes, *notes), answers.hits(after, questions))
 
     @abc.abstractmethod
     def prompts(self, loaded: Loaded, texts: Sequence[str]) -> list[list[int]]:
