@@ -84,7 +84,8 @@ class Bench:
         ready, start = self._prepare(run, loaded, data)
         task, made = loaded.task, build.batches(job, data["train"], shuffle=True)
         held = build.batches(job, data["validation"])
-        times, rows, best = StepTimes(), stream(made), {}
+        times, rows = StepTimes(), stream(made)
+        best: dict[str, Any] = {}
         begin = time.perf_counter()
         try:
             fitted = fit(
