@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-import jpeft
 from jpeft.cli import build, runs, tasks
 from jpeft.cli.board import results
 from jpeft.cli.board.config import Board, Run, key
@@ -206,5 +206,5 @@ def _size(plan: Plan, start: Training) -> int:
 
 
 def _about() -> dict[str, str]:
-    return {"jpeft": jpeft.__version__, "python": platform.python_version(),
+    return {"jpeft": sys.modules["jpeft"].__version__, "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in VERSIONS}, "device": jax.devices()[0].device_kind}
