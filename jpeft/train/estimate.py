@@ -1,0 +1,298 @@
+"""Memory and time of a training step before there is a device for it: compiled for simulated ones, never run.
+
+The step is the real one (loss, gradients, update of the trainable partition), of the real shapes and shardings, and its
+memory is what the compiler says. Four things are not on an accelerator as they are on a CPU, and are put right:
+
+1. bfloat16. The CPU has no such products and widens them, their operands and what is gathered for them to float32. So
+   float16, which it has, stands in for bfloat16 in the whole program: every array has the bytes that it would have.
+2. Loops. Moving what does not change out of a loop trades memory for time; as the CPU compiler does it, whole stacks of
+   float32 copies. These passes are off.
+3. FLOPs. The compiler counts the body of a loop once; `hlo.count_text` counts it as often as it runs.
+4. Attention. `jax.nn.dot_product_attention` holds the scores of a layer `[B, H, T, S]` on every platform where it does
+   not call a fused kernel. `attention="fused"` compiles a stand-in that works in blocks of queries, as such a kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.extend.core as jec
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jpeft.core import compat, transform
+from jpeft.core.frozen import Frozen
+from jpeft.core.match import Pattern
+from jpeft.core.method import Method
+from jpeft.core.paths import flatten
+from jpeft.core.plan import Plan
+from jpeft.core.planning import plan as make_plan
+from jpeft.core.tokens import Tokens
+from jpeft.errors import EstimateError
+from jpeft.models.activations import over_rows
+from jpeft.models.decoder import Decoder
+from jpeft.models.sharding import placements
+from jpeft.train import hlo, losses, optimizer, step, traffic
+from jpeft.train.fused import fused_attention
+from jpeft.train.state import TrainState
+
+ATTENTION = ("scores", "fused")
+_STAND_IN = jnp.dtype("float16")
+_OPTIONS = {
+    "xla_backend_optimization_level": 0,  # machine code that nobody runs
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_disable_hlo_passes": "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion,"
+                              "change-op-data-type",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What one step takes, per device (the fullest one) unless it says otherwise; bytes and operations.
+
+    Attributes:
+        devices: how many.
+        tokens: of a step, on all devices.
+        parameters: of the model.
+        trainable: trainable values.
+        base: bytes of the frozen parameters.
+        adapters: of the trainable ones, and of what a method keeps frozen beside them.
+        optimizer: of its state.
+        inputs: of the batch and of the step's scalars.
+        activations: what the compiler needs beside its arguments: activations, gradients, gathered weights.
+        arguments: the compiler's own sum of all arguments.
+        scores: of the attention scores of one layer, in float32; they are part of the activations unless a fused kernel
+            computes them. There may be several copies at a time.
+        flops: of the matrix products, loops counted by their trips.
+        product_bytes: that the products read and write.
+        moved: what a device sends to others.
+        full: how many bfloat16 products one product of the program costs, by its dtype.
+        notes: what could not be divided, and the like.
+        seconds: what it took to find out.
+    """
+
+    devices: int
+    tokens: int
+    parameters: int
+    trainable: int
+    base: int
+    adapters: int
+    optimizer: int
+    inputs: int
+    activations: int
+    arguments: int
+    scores: int
+    flops: int
+    product_bytes: int
+    moved: tuple[traffic.Moved, ...]
+    full: float
+    notes: tuple[str, ...]
+    seconds: float
+
+    @property
+    def total(self) -> int:
+        """Bytes that the device must have."""
+        return self.base + self.adapters + self.optimizer + self.inputs + self.activations
+
+    @property
+    def sent(self) -> int:
+        """Bytes that the device sends to others."""
+        return sum(one.sent for one in self.moved)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A step to estimate.
+
+    Attributes:
+        model: the model; its dtype is that of compute and of the frozen parameters, its remat policy counts.
+        rules: pattern -> method, as of `jpeft.plan`.
+        mesh: axis -> number of devices, in order.
+        batch: sequences of a step, on all devices.
+        length: tokens of a sequence.
+        optimizer: the optimiser.
+        attention: one of `ATTENTION`.
+        tokens: where the token axis is, for methods with virtual tokens.
+    """
+
+    model: Any
+    rules: Mapping[Pattern, Method]
+    mesh: Mapping[str, int]
+    batch: int
+    length: int
+    optimizer: optimizer.Optimizer = optimizer.Optimizer(learning_rate=1e-4)
+    attention: str = "scores"
+    tokens: Tokens | None = None
+
+
+class Abstract:
+    """A job without arrays: the step and its arguments as `jax.ShapeDtypeStruct`, each with its sharding."""
+
+    def __init__(self, job: Job):
+        if not isinstance(job.model, Decoder) or job.model.config.task != "causal-lm":
+            raise EstimateError(f"the model is a {type(job.model).__name__}, only causal language models are estimated")
+        self.job, self.mesh = job, made_mesh(job.mesh)
+        dtype = jnp.dtype(job.model.dtype or jnp.float32)
+        self.dtype = _STAND_IN if dtype == jnp.bfloat16 else dtype
+        self.model = dataclasses.replace(job.model, dtype=self.dtype)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), self.model.shapes())
+        paths, leaves, treedef = flatten(shapes)
+        self.where = placements(shapes, self.mesh)
+        self.base = treedef.unflatten([_at(leaf, self.where.shardings[path])
+                                       for path, leaf in zip(paths, leaves, strict=True)])
+        self.batch = self._batch()
+        self.plan = make_plan(self._apply(), self.base, (self.batch["tokens"],), job.rules, tokens=job.tokens,
+                              example_kwargs=losses.model_inputs(self.batch))
+        self.args = self._state(), self._frozen(), self.batch
+
+    def _batch(self) -> dict[str, Any]:
+        job, axes = self.job, dict(self.mesh.shape)
+        rows = tuple(axis for axis in ("data", "fsdp") if axis in axes)
+        parts = int(np.prod([axes[axis] for axis in rows], dtype=np.int64))
+        if job.batch % parts:
+            raise EstimateError(f"a batch of {job.batch} sequences is not divided by the {parts} devices of "
+                                f"{' x '.join(rows)}; make it {-(-job.batch // parts) * parts}")
+        if job.length % axes.get("sequence", 1):
+            raise EstimateError(f"{job.length} tokens are not divided by the {axes['sequence']} devices of 'sequence'")
+        spec = NamedSharding(self.mesh, PartitionSpec(rows or None, "sequence" if "sequence" in axes else None))
+        kinds = {"tokens": jnp.int32, "labels": jnp.int32, "weights": jnp.float32}
+        return {name: jax.ShapeDtypeStruct((job.batch, job.length), kind, sharding=spec) for name, kind in
+                kinds.items()}
+
+    def _apply(self) -> Callable[..., Any]:
+        plain = over_rows(self.model.apply, self.mesh)
+        if self.job.attention == "fused":
+            plain = fused_attention(plain)
+
+        def loss(params: Any, tokens: Any, **named: Any) -> Any:
+            return plain(params, tokens, **named).loss
+
+        return loss
+
+    def _theta(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
+        return {path: {letter: _at(struct, self._follows(self.plan, path, letter, struct))
+                       for letter, struct in entries.items()} for path, entries in shapes.items()}
+
+    def _follows(self, plan: Plan, path: str, letter: str, struct: Any) -> NamedSharding:
+        """Return where an entry of theta lies: each axis that follows a dim of its leaf is divided as that dim is."""
+        entry = plan.entry(path)
+        spec = (*self.where.shardings[path].spec, *[None] * len(entry.site.shape))
+        dims = entry.method.axes(entry.site)[letter]
+        return NamedSharding(self.mesh, PartitionSpec(*(None if dim is None else spec[dim] for dim in dims)))
+
+    def _frozen(self) -> Frozen:
+        dropped = {e.path for e in self.plan.entries if getattr(e.method, "drops_base", False)}
+        paths, leaves, treedef = flatten(self.base)
+        # A dropped leaf is an argument that no operation reads: the compiler leaves it out.
+        self.kept = [leaf for path, leaf in zip(paths, leaves, strict=True) if path not in dropped]
+        return Frozen(treedef.unflatten(leaves), self._theta(self.plan.theta_shapes()[1]))
+
+    def _state(self) -> TrainState:
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        trainable = self._theta(self.plan.theta_shapes()[0])
+        self.tx, self.rate = optimizer.make(self.job.optimizer, 1000, trainable, self.plan)
+        known = {tuple(map(str, keys)): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(trainable)[0]}
+
+        def slot(keys: Any, leaf: Any) -> Any:
+            names = tuple(map(str, keys))
+            own = next((known[names[i:]] for i in range(len(names)) if names[i:] in known), None)
+            return _at(leaf, own.sharding if own is not None and own.shape == leaf.shape else whole)
+
+        slots = jax.tree_util.tree_map_with_path(slot, jax.eval_shape(self.tx.init, trainable))
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return TrainState(_at(jax.ShapeDtypeStruct((), jnp.int32), whole), trainable, slots, _at(key, whole))
+
+    def step(self) -> Any:
+        """Return the compiled training step of this job, as a run has it."""
+        adapted = transform.adapt(self._apply(), self.plan)
+        has_penalty = any(type(e.method).penalty is not Method.penalty for e in self.plan.entries)
+        penalty = (lambda t, f: transform.penalty(self.plan, t, f)) if has_penalty else None
+
+        def apply(trainable: Any, frozen: Any, batch: Any, key: Any) -> Any:
+            return adapted(trainable, frozen, batch["tokens"], **losses.model_inputs(batch))
+
+        return step.make_train_step(losses.causal_lm(apply, penalty=penalty), self.tx, schedule=self.rate)
+
+    def compiled(self) -> Any:
+        """Compile the step for the devices of the mesh, with what is said at the top of this file."""
+        closed = compat.any_algorithm(jax.make_jaxpr(self.step())(*self.args))
+        flat = jax.tree.leaves(self.args)
+        donated = tuple(range(len(jax.tree.leaves(self.args[0]))))
+        run = jax.jit(jec.jaxpr_as_fun(closed), donate_argnums=donated)
+        try:
+            return run.lower(*flat).compile(compiler_options=_OPTIONS)
+        except jax.errors.JaxRuntimeError as error:
+            raise EstimateError(f"the compiler refused the step: {' '.join(str(error).split())[:300]}") from error
+
+
+def estimate(job: Job) -> Estimate:
+    """Say what a training step takes: memory, operations, and what the devices exchange.
+
+    Nothing is allocated. It needs as many devices as the mesh has, which may be simulated ones:
+    `XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu`.
+
+    Args:
+        job: the step.
+
+    Raises:
+        EstimateError: the mesh does not divide the batch, there are too few devices, or the compiler refuses.
+        NoMatchError, MethodConfigError: as of `jpeft.plan`.
+
+    Example:
+        >>> from jpeft.methods import LoRA
+        >>> from jpeft.models.decoder import Decoder, DecoderConfig
+        >>> model = Decoder(DecoderConfig(64, 32, 2, 2, 1, 16, 64, 128), dtype=jnp.float32)
+        >>> found = estimate(Job(model, {"attention": LoRA(rank=2)}, {"fsdp": 1}, batch=2, length=16))
+        >>> found.trainable, found.base == 4 * found.parameters
+        (768, True)
+    """
+    start = time.perf_counter()
+    made = Abstract(job)
+    compiled = made.compiled()
+    memory = compiled.memory_analysis()
+    module = hlo.parse(text := compiled.as_text())
+    state, frozen, batch = made.args
+    c = job.model.config
+    first = next(iter(made.batch.values()))
+    rows, length = first.sharding.shard_shape(first.shape)
+    heads = c.heads // dict(made.mesh.shape).get("tensor", 1)
+    theta = _bytes(state.trainable) + _bytes(frozen.theta)
+    return Estimate(
+        devices=made.mesh.size, tokens=job.batch * job.length,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(made.base)), trainable=made.plan.count(),
+        base=_bytes(made.kept), adapters=theta, optimizer=_bytes(state.opt_state),
+        inputs=_bytes((batch, state.step)) + 8,
+        activations=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        arguments=memory.argument_size_in_bytes, scores=4 * rows * heads * length * job.length,
+        flops=hlo.count_text(text).total, product_bytes=traffic.product_bytes(module),
+        moved=tuple(traffic.collectives(module, made.mesh.size)), full=made.dtype.itemsize / 2,
+        notes=(*job.model.notes, *made.where.notes), seconds=time.perf_counter() - start)
+
+
+def made_mesh(axes: Mapping[str, int]) -> Mesh:
+    """Return a mesh over the first devices.
+
+    Raises:
+        EstimateError: there are fewer devices.
+    """
+    count = int(np.prod(list(axes.values()), dtype=np.int64))
+    if count > len(jax.devices()):
+        raise EstimateError(f"the mesh {dict(axes)} has {count} devices, JAX has {len(jax.devices())}; set XLA_FLAGS="
+                            f"--xla_force_host_platform_device_count={count} before JAX starts")
+    return Mesh(np.array(jax.devices()[:count]).reshape(*axes.values()), tuple(axes),
+                axis_types=(AxisType.Auto,) * len(axes))
+
+
+def _at(struct: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=where)
+
+
+def _bytes(tree: Any) -> int:
+    """Return the bytes of the part of each leaf that the fullest device holds."""
+    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
+               for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,143 @@
+"""Bytes that a compiled program moves: between devices, and between memory and its matrix products.
+
+Read from the optimised HLO of one device's program, loop trips counted. A collective over a group of `g` devices sends
+from each device at least (ring algorithms)
+
+    all-gather         (g - 1) / g * bytes of the result
+    reduce-scatter     (g - 1) / g * bytes of the operand
+    all-reduce         2 (g - 1) / g * bytes of the result
+    all-to-all         (g - 1) / g * bytes of the result
+    collective-permute bytes of the result
+
+An all-reduce of which every reader takes its own slice is a reduce-scatter that the CPU compiler does not write as one,
+and is counted as one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+from jpeft.errors import UncountedError
+from jpeft.train.hlo import Computation, Instruction, Module, runs
+
+_WIDTHS = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4,
+           "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16, "token": 0}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+class Moved(NamedTuple):
+    """What one kind of collective sends.
+
+    Attributes:
+        kind: one of `COLLECTIVES`.
+        group: devices that exchange.
+        calls: how often per step.
+        sent: bytes that each device sends per step.
+    """
+
+    kind: str
+    group: int
+    calls: int
+    sent: int
+
+
+def size(shape: str) -> int:
+    """Return the bytes of an HLO shape, of all parts of a tuple.
+
+    Example:
+        >>> size("(f16[2,3]{1,0}, s32[])")
+        16
+    """
+    total = 0.0
+    for kind, dims in re.findall(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\]", shape):
+        width = 1 if kind.startswith("f8") else _WIDTHS.get(kind)
+        if width is None:
+            raise UncountedError(f"the HLO shape {shape!r} has the element type {kind!r}, whose size is not known here")
+        total += width * math.prod(int(d.removeprefix("<=")) for d in dims.split(",") if d)
+    return int(total)
+
+
+def collectives(module: Module, devices: int) -> list[Moved]:
+    """Return what the devices exchange in one call, by kind and size of the group, most bytes first.
+
+    Args:
+        module: the program of one device.
+        devices: how many there are, for collectives that name no groups.
+
+    Raises:
+        UncountedError: a loop has unknown trips, or a collective is asynchronous.
+    """
+    total: dict[tuple[str, int], tuple[int, int]] = {}
+    for instruction, computation, times in runs(module):
+        kind = next((c for c in COLLECTIVES if instruction.op.startswith(c)), None)
+        if kind is None or not times:
+            continue
+        if instruction.op != kind:
+            raise UncountedError(f"the collective {instruction.op} ({instruction.name!r}) is asynchronous, which is "
+                                 "not counted here; compile for CPU devices")
+        group = _group(instruction, devices)
+        if group < 2:
+            continue
+        if kind == "all-reduce" and _sliced(instruction, computation, module):
+            kind = "reduce-scatter"
+        calls, sent = total.get((kind, group), (0, 0))
+        total[kind, group] = calls + times, sent + times * _sent(kind, group, instruction, computation)
+    return sorted((Moved(kind, group, *found) for (kind, group), found in total.items()), key=lambda m: -m.sent)
+
+
+def _sent(kind: str, group: int, instruction: Instruction, computation: Computation) -> int:
+    share = (group - 1) / group
+    if kind == "reduce-scatter":
+        return int(share * sum(size(computation[name].shape) for name in instruction.operands))
+    factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
+    return int(factor * size(instruction.shape))
+
+
+def _group(instruction: Instruction, devices: int) -> int:
+    """Return the number of devices in each group of a collective."""
+    text = instruction.attributes
+    if instruction.op == "collective-permute":
+        pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", text)
+        return 2 if pairs and any(a != b for a, b in re.findall(r"\{(\d+),(\d+)", pairs[0])) else 1
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text)
+    if named:
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    tiled = re.search(r"replica_groups=\[(\d+),(\d+)\]", text)
+    if tiled:
+        return int(tiled[2])
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", text)
+    return len(listed[1].split(",")) if listed else devices
+
+
+def _sliced(instruction: Instruction, computation: Computation, module: Module) -> bool:
+    """Return whether every reader of an all-reduce takes a slice of it."""
+    readers = [other for other in computation.values() if instruction.name in other.operands]
+    return bool(readers) and all(_slices(reader, instruction.name, computation, module) for reader in readers)
+
+
+def _slices(reader: Instruction, name: str, computation: Computation, module: Module) -> bool:
+    if reader.op == "dynamic-slice":
+        return reader.operands[0] == name
+    if reader.op in ("bitcast", "copy", "convert", "transpose", "reshape"):
+        return _sliced(reader, computation, module)
+    if reader.op == "get-tuple-element":
+        return _sliced(reader, computation, module)
+    if reader.op != "fusion":
+        return False
+    inner = module.computations[reader.called("calls")[0]]
+    given = [i for i in inner.values() if i.op == "parameter" and reader.operands[int(i.literal)] == name]
+    return bool(given) and all(_sliced(one, inner, module) for one in given)
+
+
+def product_bytes(module: Module) -> int:
+    """Return the bytes of operands and results of all matrix products and convolutions of one call.
+
+    Whatever else is fused into them or between them, these pass through the device's memory: what the products cannot
+    be faster than. (A fused attention kernel is the exception, and has no such products.)
+    """
+    return sum(times * (size(instruction.shape) + sum(size(computation[name].shape) for name in instruction.operands))
+               for instruction, computation, times in runs(module) if instruction.op in ("dot", "convolution"))
