@@ -296,3 +296,41 @@ def _bytes(tree: Any) -> int:
     """Return the bytes of the part of each leaf that the fullest device holds."""
     return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
                for leaf in jax.tree.leaves(tree))
+
+
+def search(job: Job, memory: float, most: int = 2**20) -> tuple[Job, Estimate, int]:
+    """Find the largest batch whose step fits into a memory; its own batch is not looked at.
+
+    Memory grows almost linearly with the batch: the next one to compile is read off the line through the last two.
+
+    Args:
+        job: the step; the batch grows by as many sequences as devices divide it.
+        memory: bytes of a device.
+        most: sequences at most.
+
+    Returns:
+        The job with that batch, its estimate, and how many batches were compiled.
+
+    Raises:
+        EstimateError: not even the smallest batch fits.
+    """
+    rows = int(np.prod([n for axis, n in job.mesh.items() if axis in ("data", "fsdp")], dtype=np.int64))
+    known: dict[int, Estimate] = {}
+
+    def at(parts: int) -> int:
+        if parts not in known:
+            known[parts] = estimate(dataclasses.replace(job, batch=parts * rows))
+        return known[parts].total
+
+    if at(1) > memory:
+        raise EstimateError(f"a batch of {rows} sequences of {job.length} tokens takes {at(1) / 1e9:.1f} GB of each "
+                            f"device, {memory / 1e9:.1f} GB are there; divide the model over more devices, shorten the "
+                            "sequences, or use remat 'full'")
+    fits, over, limit = 1, max(most // rows, 1) + 1, 2
+    while over - fits > 1:
+        guess = min(max(limit, fits + 1), over - 1)
+        fits, over = (guess, over) if at(guess) <= memory else (fits, guess)
+        a, b = sorted(known)[:2] if over not in known else (fits, over)
+        slope = (at(b) - at(a)) / (b - a)
+        limit = int(fits + (memory - at(fits)) / slope) if slope > 0 else 2 * fits
+    return dataclasses.replace(job, batch=fits * rows), known[fits], len(known)
