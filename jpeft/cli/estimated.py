@@ -42,8 +42,8 @@ def lines(request: Request, found: Mapping[str, Any], chips: Sequence[str]) -> l
         f"  {'total':<12} {size(found['total']):>10}",
         f"  {wide.format(size(found['scores']))}",
         "",
-        f"computes     {found['flops'] * devices:.3e} operations a step ({found['flops']:.3e} each): matrix products of "
-        "the program, loops by their trips",
+        f"computes     {found['flops'] * devices:.3e} operations a step ({found['flops']:.3e} each): matrix "
+        "products, loops by their trips",
         f"sends        {size(found['sent'])} from each device a step: {kinds}",
         "",
         "time of a step at least, each alone at its peak",
@@ -51,7 +51,7 @@ def lines(request: Request, found: Mapping[str, Any], chips: Sequence[str]) -> l
         *(["", f"largest batch for {size(int(request.memory))}: {found['batch']} sequences"]
           if request.memory is not None else []),
         *(f"note: {note}" for note in found["notes"]),
-        f"compiled {found['compiled']} program{'s' if found['compiled'] > 1 else ''} for simulated devices, the last in "
+        f"compiled for simulated devices, {found['compiled']} time{'s' if found['compiled'] > 1 else ''}, the last in "
         f"{found['seconds']:.1f} s; nothing was allocated",
     ]
 

@@ -117,7 +117,7 @@ def mesh(text: str) -> dict[str, int]:
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
         if name not in AXES:
-            raise ConfigError(f"--mesh {text!r} has the axis {name!r}, which is none of {', '.join(AXES)} "
+            raise ConfigError(f"--mesh {text!r} has the axis {name!r}, none of {', '.join(AXES)} "
                               f"({nearest(name, AXES, 1)})")
         if name in found or not re.fullmatch(r"[1-9]\d*", size):
             raise ConfigError(f"--mesh {text!r} must give each axis once, with a number of devices, as fsdp=4,tensor=2")

@@ -23,15 +23,15 @@ import jax
 import jax.extend.core as jec
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh
 
 from jpeft.core import compat, transform
 from jpeft.core.frozen import Frozen
 from jpeft.core.match import Pattern
 from jpeft.core.method import Method
 from jpeft.core.paths import flatten
-from jpeft.core.plan import Plan
 from jpeft.core.planning import plan as make_plan
+from jpeft.core.sharding import shardings
 from jpeft.core.tokens import Tokens
 from jpeft.errors import EstimateError
 from jpeft.models.activations import over_rows
@@ -39,7 +39,8 @@ from jpeft.models.decoder import Decoder
 from jpeft.models.sharding import placements
 from jpeft.train import hlo, losses, optimizer, step, traffic
 from jpeft.train.fused import fused_attention
-from jpeft.train.state import TrainState
+from jpeft.train.sharding import batch_shardings
+from jpeft.train.state import TrainState, state_shardings
 
 ATTENTION = ("scores", "fused")
 _STAND_IN = jnp.dtype("float16")
@@ -115,7 +116,7 @@ class Job:
         mesh: axis -> number of devices, in order.
         batch: sequences of a step, on all devices.
         length: tokens of a sequence.
-        optimizer: the optimiser.
+        optimizer: the optimiser, with a learning rate.
         attention: one of `ATTENTION`.
         tokens: where the token axis is, for methods with virtual tokens.
     """
@@ -125,7 +126,7 @@ class Job:
     mesh: Mapping[str, int]
     batch: int
     length: int
-    optimizer: optimizer.Optimizer = optimizer.Optimizer(learning_rate=1e-4)
+    optimizer: optimizer.Optimizer
     attention: str = "scores"
     tokens: Tokens | None = None
 
@@ -143,26 +144,17 @@ class Abstract:
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), self.model.shapes())
         paths, leaves, treedef = flatten(shapes)
         self.where = placements(shapes, self.mesh)
-        self.base = treedef.unflatten([_at(leaf, self.where.shardings[path])
-                                       for path, leaf in zip(paths, leaves, strict=True)])
+        self.base = _at(treedef.unflatten(leaves), treedef.unflatten([self.where.shardings[path] for path in paths]))
         self.batch = self._batch()
         self.plan = make_plan(self._apply(), self.base, (self.batch["tokens"],), job.rules, tokens=job.tokens,
                               example_kwargs=losses.model_inputs(self.batch))
-        self.args = self._state(), self._frozen(), self.batch
+        self.args = *self._arguments(), self.batch
 
     def _batch(self) -> dict[str, Any]:
-        job, axes = self.job, dict(self.mesh.shape)
-        rows = tuple(axis for axis in ("data", "fsdp") if axis in axes)
-        parts = int(np.prod([axes[axis] for axis in rows], dtype=np.int64))
-        if job.batch % parts:
-            raise EstimateError(f"a batch of {job.batch} sequences is not divided by the {parts} devices of "
-                                f"{' x '.join(rows)}; make it {-(-job.batch // parts) * parts}")
-        if job.length % axes.get("sequence", 1):
-            raise EstimateError(f"{job.length} tokens are not divided by the {axes['sequence']} devices of 'sequence'")
-        spec = NamedSharding(self.mesh, PartitionSpec(rows or None, "sequence" if "sequence" in axes else None))
+        shape = self.job.batch, self.job.length
         kinds = {"tokens": jnp.int32, "labels": jnp.int32, "weights": jnp.float32}
-        return {name: jax.ShapeDtypeStruct((job.batch, job.length), kind, sharding=spec) for name, kind in
-                kinds.items()}
+        batch = {name: jax.ShapeDtypeStruct(shape, kind) for name, kind in kinds.items()}
+        return _at(batch, batch_shardings(batch, self.mesh))
 
     def _apply(self) -> Callable[..., Any]:
         plain = over_rows(self.model.apply, self.mesh)
@@ -174,38 +166,20 @@ class Abstract:
 
         return loss
 
-    def _theta(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
-        return {path: {letter: _at(struct, self._follows(self.plan, path, letter, struct))
-                       for letter, struct in entries.items()} for path, entries in shapes.items()}
-
-    def _follows(self, plan: Plan, path: str, letter: str, struct: Any) -> NamedSharding:
-        """Return where an entry of theta lies: each axis that follows a dim of its leaf is divided as that dim is."""
-        entry = plan.entry(path)
-        spec = (*self.where.shardings[path].spec, *[None] * len(entry.site.shape))
-        dims = entry.method.axes(entry.site)[letter]
-        return NamedSharding(self.mesh, PartitionSpec(*(None if dim is None else spec[dim] for dim in dims)))
-
-    def _frozen(self) -> Frozen:
-        dropped = {e.path for e in self.plan.entries if getattr(e.method, "drops_base", False)}
-        paths, leaves, treedef = flatten(self.base)
-        # A dropped leaf is an argument that no operation reads: the compiler leaves it out.
-        self.kept = [leaf for path, leaf in zip(paths, leaves, strict=True) if path not in dropped]
-        return Frozen(treedef.unflatten(leaves), self._theta(self.plan.theta_shapes()[1]))
-
-    def _state(self) -> TrainState:
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        trainable = self._theta(self.plan.theta_shapes()[0])
+    def _arguments(self) -> tuple[TrainState, Frozen]:
+        trainable, theta = self.plan.theta_shapes()
+        over, frozen = shardings(self.plan, self.base)
         self.tx, self.rate = optimizer.make(self.job.optimizer, 1000, trainable, self.plan)
-        known = {tuple(map(str, keys)): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(trainable)[0]}
+        key, count = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32)
+        shapes = TrainState(count, trainable, jax.eval_shape(self.tx.init, trainable), key)
+        self.places = state_shardings(trainable, over, self.tx)
+        return _at(shapes, self.places), Frozen(self.base, _at(theta, frozen.theta))
 
-        def slot(keys: Any, leaf: Any) -> Any:
-            names = tuple(map(str, keys))
-            own = next((known[names[i:]] for i in range(len(names)) if names[i:] in known), None)
-            return _at(leaf, own.sharding if own is not None and own.shape == leaf.shape else whole)
-
-        slots = jax.tree_util.tree_map_with_path(slot, jax.eval_shape(self.tx.init, trainable))
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        return TrainState(_at(jax.ShapeDtypeStruct((), jnp.int32), whole), trainable, slots, _at(key, whole))
+    def kept(self) -> list[Any]:
+        """Return the leaves of the base that the step reads: all but those that a method may drop from memory."""
+        dropped = {e.path for e in self.plan.entries if getattr(e.method, "drops_base", False)}
+        paths, leaves, _ = flatten(self.base)
+        return [leaf for path, leaf in zip(paths, leaves, strict=True) if path not in dropped]
 
     def step(self) -> Any:
         """Return the compiled training step of this job, as a run has it."""
@@ -216,14 +190,15 @@ class Abstract:
         def apply(trainable: Any, frozen: Any, batch: Any, key: Any) -> Any:
             return adapted(trainable, frozen, batch["tokens"], **losses.model_inputs(batch))
 
-        return step.make_train_step(losses.causal_lm(apply, penalty=penalty), self.tx, schedule=self.rate)
+        return step.compiled_step(losses.causal_lm(apply, penalty=penalty), self.tx, schedule=self.rate)
 
     def compiled(self) -> Any:
         """Compile the step for the devices of the mesh, with what is said at the top of this file."""
         closed = compat.any_algorithm(jax.make_jaxpr(self.step())(*self.args))
         flat = jax.tree.leaves(self.args)
-        donated = tuple(range(len(jax.tree.leaves(self.args[0]))))
-        run = jax.jit(jec.jaxpr_as_fun(closed), donate_argnums=donated)
+        places = jax.tree.leaves(self.places)
+        out = [*places, *[None] * (len(closed.out_avals) - len(places))]
+        run = jax.jit(jec.jaxpr_as_fun(closed), donate_argnums=tuple(range(len(places))), out_shardings=out)
         try:
             return run.lower(*flat).compile(compiler_options=_OPTIONS)
         except jax.errors.JaxRuntimeError as error:
@@ -240,14 +215,16 @@ def estimate(job: Job) -> Estimate:
         job: the step.
 
     Raises:
-        EstimateError: the mesh does not divide the batch, there are too few devices, or the compiler refuses.
+        EstimateError: there are too few devices, or the compiler refuses.
+        ShardingError: the mesh does not divide the batch.
         NoMatchError, MethodConfigError: as of `jpeft.plan`.
 
     Example:
         >>> from jpeft.methods import LoRA
         >>> from jpeft.models.decoder import Decoder, DecoderConfig
         >>> model = Decoder(DecoderConfig(64, 32, 2, 2, 1, 16, 64, 128), dtype=jnp.float32)
-        >>> found = estimate(Job(model, {"attention": LoRA(rank=2)}, {"fsdp": 1}, batch=2, length=16))
+        >>> adam = optimizer.Optimizer("adam", 1e-3)
+        >>> found = estimate(Job(model, {"attention": LoRA(rank=2)}, {"fsdp": 1}, 2, 16, adam))
         >>> found.trainable, found.base == 4 * found.parameters
         (768, True)
     """
@@ -265,7 +242,7 @@ def estimate(job: Job) -> Estimate:
     return Estimate(
         devices=made.mesh.size, tokens=job.batch * job.length,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(made.base)), trainable=made.plan.count(),
-        base=_bytes(made.kept), adapters=theta, optimizer=_bytes(state.opt_state),
+        base=_bytes(made.kept()), adapters=theta, optimizer=_bytes(state.opt_state),
         inputs=_bytes((batch, state.step)) + 8,
         activations=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         arguments=memory.argument_size_in_bytes, scores=4 * rows * heads * length * job.length,
@@ -288,8 +265,10 @@ def made_mesh(axes: Mapping[str, int]) -> Mesh:
                 axis_types=(AxisType.Auto,) * len(axes))
 
 
-def _at(struct: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=where)
+def _at(shapes: Any, where: Any) -> Any:
+    """Return shapes that know where they lie."""
+    return jax.tree.map(lambda struct, place: jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=place),
+                        shapes, where)
 
 
 def _bytes(tree: Any) -> int:
