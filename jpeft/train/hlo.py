@@ -253,11 +253,12 @@ def trips_of(module: Module, caller: Computation, loop: Instruction, default: in
 
 
 class Run(NamedTuple):
-    """An instruction, the computation that holds it, and how often one call of the program runs it."""
+    """An instruction and the computation that holds it; how often the program, and its innermost loop, run it."""
 
     instruction: Instruction
     computation: Computation
     times: int
+    trips: int
 
 
 def runs(module: Module) -> Iterator[Run]:
@@ -266,19 +267,19 @@ def runs(module: Module) -> Iterator[Run]:
     Raises:
         UncountedError: the trips of a loop depend on data.
     """
-    def walk(name: str, times: int) -> Iterator[Run]:
+    def walk(name: str, times: int, trips: int) -> Iterator[Run]:
         computation = module.computations[name]
         for instruction in computation.values():
-            yield Run(instruction, computation, times)
+            yield Run(instruction, computation, times, trips)
             if instruction.op == "while":
-                inner = times * trips_of(module, computation, instruction)
+                inner = trips_of(module, computation, instruction)
                 for key in ("body", "condition"):
-                    yield from walk(instruction.called(key)[0], inner)
+                    yield from walk(instruction.called(key)[0], times * inner, inner)
             elif instruction.op not in PER_ELEMENT:
                 for called in instruction.called():
-                    yield from walk(called, times)
+                    yield from walk(called, times, trips)
 
-    yield from walk(module.entry, 1)
+    yield from walk(module.entry, 1, 1)
 
 
 class _Counter:

@@ -9,14 +9,16 @@ from each device at least (ring algorithms)
     all-to-all         (g - 1) / g * bytes of the result
     collective-permute bytes of the result
 
-An all-reduce of which every reader takes its own slice is a reduce-scatter that the CPU compiler does not write as one,
-and is counted as one.
+Two things the compilers of accelerators do that the CPU compiler does not, and that are counted as they do them: an
+all-reduce of which every reader takes its own slice is a reduce-scatter; one that a loop only adds up comes once, after
+the loop.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from jpeft.errors import UncountedError
@@ -69,8 +71,8 @@ def collectives(module: Module, devices: int) -> list[Moved]:
     Raises:
         UncountedError: a loop has unknown trips, or a collective is asynchronous.
     """
-    total: dict[tuple[str, int], tuple[int, int]] = {}
-    for instruction, computation, times in runs(module):
+    total: dict[tuple[str, int], tuple[int, float]] = {}
+    for instruction, computation, times, trips in runs(module):
         kind = next((c for c in COLLECTIVES if instruction.op.startswith(c)), None)
         if kind is None or not times:
             continue
@@ -80,19 +82,52 @@ def collectives(module: Module, devices: int) -> list[Moved]:
         group = _group(instruction, devices)
         if group < 2:
             continue
-        if kind == "all-reduce" and _sliced(instruction, computation, module):
-            kind = "reduce-scatter"
-        calls, sent = total.get((kind, group), (0, 0))
-        total[kind, group] = calls + times, sent + times * _sent(kind, group, instruction, computation)
-    return sorted((Moved(kind, group, *found) for (kind, group), found in total.items()), key=lambda m: -m.sent)
+        parts: dict[tuple[str, int], float] = {}
+        for name, repeats, sent in _parts(kind, (group - 1) / group, instruction, computation, module, trips):
+            key = name, times // trips * repeats
+            parts[key] = parts.get(key, 0.0) + sent
+        for (name, repeats), sent in parts.items():
+            calls, before = total.get((name, group), (0, 0.0))
+            total[name, group] = calls + repeats, before + repeats * sent
+    return sorted((Moved(kind, group, calls, int(sent)) for (kind, group), (calls, sent) in total.items()),
+                  key=lambda one: -one.sent)
 
 
-def _sent(kind: str, group: int, instruction: Instruction, computation: Computation) -> int:
-    share = (group - 1) / group
-    if kind == "reduce-scatter":
-        return int(share * sum(size(computation[name].shape) for name in instruction.operands))
-    factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
-    return int(factor * size(instruction.shape))
+def _parts(kind: str, share: float, instruction: Instruction, computation: Computation, module: Module,
+           trips: int) -> Iterator[tuple[str, int, float]]:
+    """Yield of each array of a collective what it is, how often a loop of `trips` runs it, and the bytes sent."""
+    if kind != "all-reduce":
+        factor = 1.0 if kind == "collective-permute" else share
+        operands = sum(size(computation[name].shape) for name in instruction.operands)
+        yield kind, trips, factor * (operands if kind == "reduce-scatter" else size(instruction.shape))
+        return
+    results = [instruction]
+    if instruction.shape.startswith("("):
+        results = [other for other in computation.values() if other.op == "get-tuple-element"
+                   and other.operands[0] == instruction.name]
+    for result in results:
+        if _sliced(result, computation, module):
+            yield "reduce-scatter", trips, share * size(result.shape)
+        else:
+            once = trips > 1 and _added_up(result, computation, module)
+            yield kind, 1 if once else trips, 2 * share * size(result.shape)
+
+
+def _added_up(result: Instruction, computation: Computation, module: Module) -> bool:
+    """Return whether the body of a loop adds an array to what it carries, and does nothing else with it."""
+    readers = [other for other in computation.values() if result.name in other.operands]
+    if len(readers) != 1 or computation.root.op != "tuple" or readers[0].name not in computation.root.operands:
+        return False
+    reader = readers[0]
+    if reader.op == "fusion":
+        inside = {one.op for one in module.computations[reader.called("calls")[0]].values()}
+        if "add" not in inside or not inside <= {"parameter", "add", "copy", "bitcast", "transpose", "convert"}:
+            return False
+    elif reader.op != "add":
+        return False
+    carried = [computation[name] for name in reader.operands if name != result.name]
+    place = computation.root.operands.index(reader.name)
+    return len(carried) == 1 and carried[0].op == "get-tuple-element" and carried[0].attribute("index") == (place,)
 
 
 def _group(instruction: Instruction, devices: int) -> int:
@@ -140,4 +175,4 @@ def product_bytes(module: Module) -> int:
     be faster than. (A fused attention kernel is the exception, and has no such products.)
     """
     return sum(times * (size(instruction.shape) + sum(size(computation[name].shape) for name in instruction.operands))
-               for instruction, computation, times in runs(module) if instruction.op in ("dot", "convolution"))
+               for instruction, computation, times, _ in runs(module) if instruction.op in ("dot", "convolution"))

@@ -81,12 +81,13 @@ def test_bytes_are_those_of_the_arrays_and_of_the_compiled_step(said: Estimate) 
     assert said.activations == pytest.approx(need, rel=0.05)
 
 
-def test_flops_are_the_analytic_count(said: Estimate) -> None:
+def test_flops_are_the_analytic_count() -> None:
+    found = estimate(job(mesh={"fsdp": 4}))
     kernels = [(D, H * d), (D, K * d), (D, K * d), (H * d, D), (D, F), (D, F), (F, D)]
     per_token = L * sum(4 * i * o + 6 * 4 * (i + o) for i, o in kernels)  # forward, inputs' gradients; LoRA three times
     head = 6 * V * D if B * T > 1024 else 4 * V * D  # the chunks of the loss are computed again
     scores = L * 2 * 2 * T * H * d * (3 + 1)  # and by "dots" those of attention too
-    assert said.flops * 4 == pytest.approx(B * T * (per_token + head + scores), rel=0.02)
+    assert found.flops * 4 == pytest.approx(B * T * (per_token + head + scores), rel=0.02)
 
 
 def test_bfloat16_halves_what_is_bfloat16(said: Estimate) -> None:
@@ -111,9 +112,8 @@ def test_full_fine_tuning_keeps_no_base() -> None:
     assert found.trainable == found.parameters
     assert found.optimizer == pytest.approx(2 * found.adapters, abs=16)
     assert found.adapters + found.optimizer + found.inputs == found.arguments
-    kinds = {one.kind for one in found.moved}
-    assert "all-gather" in kinds
-    assert kinds & {"reduce-scatter", "all-reduce"}
+    reduced = sum(one.sent for one in found.moved if one.kind == "all-reduce")  # all is small, and so whole
+    assert reduced >= 2 * 3 / 4 * 4 * found.parameters
 
 
 def test_the_search_finds_the_largest_batch(monkeypatch: pytest.MonkeyPatch) -> None:

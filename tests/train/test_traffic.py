@@ -64,6 +64,22 @@ def test_loops_and_groups_count() -> None:
     assert sum(one.calls for one in found) in (3, 4)  # the first may be shared with the gather of x
 
 
+def test_a_sum_that_a_loop_adds_up_comes_once() -> None:
+    on = mesh(x=N)
+    whole, rows = NamedSharding(on, P()), NamedSharding(on, P(None, "x"))
+
+    def fn(x: jax.Array) -> jax.Array:
+        parts = jnp.stack([lax.with_sharding_constraint(x * i, rows) for i in range(1, 6)])
+
+        def body(carry: jax.Array, part: jax.Array) -> tuple[jax.Array, None]:
+            one = lax.with_sharding_constraint(part, rows)
+            return carry + lax.with_sharding_constraint(one @ one.T, whole), None
+        return lax.scan(body, jnp.zeros_like(x), parts)[0]
+
+    found = traffic.collectives(module(fn, on, P(None, "x"), out=P()), N)
+    assert ("all-reduce", 1, 2 * 4 * D * D * (N - 1) // N) in [(one.kind, one.calls, one.sent) for one in found]
+
+
 @pytest.mark.parametrize(("groups", "size"), [
     ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4), ("replica_groups=[2,4]<=[8]", 4), ("replica_groups={}", 8),
     ("replica_groups=mesh['a'=2,'b'=4] {'b'}", 4), ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", 8),
