@@ -24,6 +24,7 @@ from jpeft.core.partition import combine, mask, partition
 from jpeft.core.plan import Plan
 from jpeft.core.planning import plan
 from jpeft.core.roles import inspect
+from jpeft.core.sharding import shardings
 from jpeft.core.site import Site
 from jpeft.core.store import load, save
 from jpeft.core.tokens import Tokens
@@ -37,20 +38,22 @@ if TYPE_CHECKING:
     from jpeft.interop.nnx import from_nnx
     from jpeft.interop.prefix import adapt_prefix
     from jpeft.interop.pretrained import from_pretrained, save_pretrained
+    from jpeft.models.sharding import base_shardings
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "Calibration", "Call", "Frozen", "Identity", "Method", "NotMergeable", "Plan", "Site", "Tokens", "adalora_init",
-    "adalora_update", "adapt", "adapt_prefix", "base", "combine", "explain", "fingerprint", "from_nnx",
-    "from_pretrained", "init", "inspect", "layers", "load", "mask", "merge", "merge_error", "multiply", "optim",
-    "partition", "penalty", "plan", "register_rule", "save", "save_pretrained",
+    "adalora_update", "adapt", "adapt_prefix", "base", "base_shardings", "combine", "explain", "fingerprint",
+    "from_nnx", "from_pretrained", "init", "inspect", "layers", "load", "mask", "merge", "merge_error", "multiply",
+    "optim", "partition", "penalty", "plan", "register_rule", "save", "save_pretrained", "shardings",
     *_methods,
 ]
 
 # What needs more than jax, optax and numpy is loaded when it is first asked for.
 _LATE = {
     "adapt_prefix": "jpeft.interop.prefix",
+    "base_shardings": "jpeft.models.sharding",
     "from_nnx": "jpeft.interop.nnx",
     "from_pretrained": "jpeft.interop.pretrained",
     "save_pretrained": "jpeft.interop.pretrained",
@@ -58,6 +61,8 @@ _LATE = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "train":
+        return importlib.import_module("jpeft.train")
     if name in _LATE:
         return getattr(importlib.import_module(_LATE[name]), name)
     raise AttributeError(f"module 'jpeft' has no attribute {name!r}")

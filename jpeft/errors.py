@@ -192,3 +192,11 @@ class ShardingError(JpeftError, ValueError):
 
 class TemplateError(DataError):
     """A template or a pattern is none, or does not fit the rows that it is used on."""
+
+
+class UncountedError(JpeftError, ValueError):
+    """A compiled program holds something that may hide a product, or a loop whose trips are not known."""
+
+
+class EstimateError(JpeftError, ValueError):
+    """What is to be estimated is misnamed, contradicts itself, or cannot be compiled."""

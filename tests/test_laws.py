@@ -127,6 +127,22 @@ def test_closed_form_count(case: Case) -> None:
             assert len(axes[letter]) == value.ndim, letter
             for dim, size in zip(axes[letter], value.shape, strict=True):
                 assert dim is None or size == entry.site.shape[dim], letter
+    # Base leaves divided on every dim that divides: what follows has the right rank, and divides too.
+    mesh = jax.sharding.AbstractMesh((2, 4), ("fsdp", "tensor"))
+    base = jax.tree.map(lambda leaf: NamedSharding(mesh, divided(leaf.shape)), r.params)
+    trainable, frozen = jpeft.shardings(r.plan, base, replicate_below=0)
+    for shapes, placed in zip(r.plan.theta_shapes(), (trainable, frozen.theta), strict=True):
+        jax.tree.map(lambda struct, one: one.shard_shape(struct.shape), shapes, placed)
+    assert jpeft.explain(r.plan, shardings=(trainable, frozen)).rows[0].placement.startswith("base [")
+
+
+def divided(shape: tuple[int, ...]) -> PartitionSpec:
+    free, spec = {"fsdp": 2, "tensor": 4}, [None] * len(shape)
+    for d in reversed(range(len(shape))):
+        axis = next((a for a, n in free.items() if shape[d] % n == 0), None)
+        if axis is not None:
+            spec[d] = free.pop(axis) and axis
+    return PartitionSpec(*spec)
 
 
 @rows("L1")

@@ -22,7 +22,7 @@ from jpeft.errors import WrongBaseError
 from jpeft.interop.tokenizer import Tokenizer
 from jpeft.train.optimizer import Optimizer, make
 from jpeft.train.state import TrainState, create
-from jpeft.train.step import make_train_step
+from jpeft.train.step import compiled_step
 
 __all__ = ["SPLITS", "Adapted", "Loaded", "Training", "batches", "load_adapter", "load_data", "load_model", "once",
            "optimizer", "training"]
@@ -97,7 +97,7 @@ def training(loaded: Loaded, made: Epochs) -> Training:
     apply = loaded.task.apply(loaded, plan)
     has_penalty = any(type(e.method).penalty is not Method.penalty for e in plan.entries)
     loss = loaded.task.loss(apply, (lambda t, f: transform.penalty(plan, t, f)) if has_penalty else None)
-    step = make_train_step(loss, tx, schedule=schedule)
+    step = compiled_step(loss, tx, schedule=schedule)
     return Training(_state(config, trainable, tx), frozen, apply, step, total, tx)
 
 

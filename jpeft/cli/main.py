@@ -1,4 +1,4 @@
-"""The command line `jpeft`: train, eval, predict, generate, merge, explain, methods, compare."""
+"""The command line `jpeft`: train, eval, predict, generate, merge, explain, methods, compare, estimate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ try:
 except ModuleNotFoundError as _error:
     raise SystemExit(f"error: the command line needs {_error.name}; pip install 'jpeft[train]'") from _error
 
-from jpeft.cli import generate
+from jpeft.cli import estimate, generate
 from jpeft.errors import ConfigError, JpeftError, RunError
 
 app = typer.Typer(
@@ -116,6 +116,7 @@ def predict(
 
 
 generate.register(app)
+estimate.register(app)
 
 
 @app.command(**_example("jpeft merge runs/quickstart merged"))

@@ -188,3 +188,28 @@ def remat_parts(eqn: Any) -> tuple[Any, Any, Any] | None:
     if prim is not None and hasattr(prim, "jaxpr") and hasattr(prim, "policy"):
         return prim.jaxpr, prim.policy, getattr(prim, "prevent_cse", True)
     return None
+
+
+def any_algorithm(closed: Any) -> Any:
+    """Return a closed jaxpr whose contractions do not say by which algorithm, at all depths.
+
+    Some platforms refuse to compile algorithms that they do not have; shapes and dtypes are the same without.
+    """
+    def opened(jaxpr: Any) -> Any:
+        return jaxpr.replace(eqns=[one(eqn) for eqn in jaxpr.eqns])
+
+    def value(item: Any) -> Any:
+        if isinstance(item, tuple | list):
+            return type(item)(map(value, item)) if type(item) in (tuple, list) else item
+        inner, _ = open_jaxpr(item)
+        if not hasattr(inner, "eqns"):
+            return item
+        return opened(item) if inner is item else item.replace(jaxpr=opened(inner))
+
+    def one(eqn: Any) -> Any:
+        params = {name: value(item) for name, item in eqn.params.items()}
+        if eqn.primitive.name == "dot_general":
+            params["precision"] = None
+        return eqn.replace(params=params)
+
+    return closed.replace(jaxpr=opened(closed.jaxpr))

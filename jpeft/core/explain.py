@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jpeft.core.plan import Entry, Plan
+from jpeft.core.sharding import described
 from jpeft.core.site import Site
 
 
@@ -25,6 +26,7 @@ class Row:
         frozen: values of theta that are not trained.
         rule: how the method enters: `fused into ...`, `array`, `output of ...`, or `materialised at ...`.
         flops: extra dot FLOPs of one forward call with the example arguments.
+        placement: how the leaf and each entry of theta are divided over a mesh; empty where `explain` was not told.
     """
 
     path: str
@@ -35,6 +37,7 @@ class Row:
     frozen: int
     rule: str
     flops: int
+    placement: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +82,7 @@ class Explanation:
                            for i, (c, w) in enumerate(zip(line, widths, strict=True))).rstrip()
                  for line in (head, *body)]
         lines.insert(1, "  ".join("-" * w for w in widths))
+        lines += [f"on the mesh: {r.path}: {r.placement}" for r in self.rows if r.placement]
         extra = f", {100.0 * self.flops / self.base_flops:.2f} % of the base's" if self.base_flops else ""
         lines.append(f"trainable {self.trainable:,} of {self.parameters:,} parameters ({self.percent:.3f} %) on "
                      f"{len(self.rows)} leaves; {len(self.untouched)} leaves untouched; "
@@ -112,14 +116,19 @@ def _rule(plan: Plan, entry: Entry) -> str:
     return f"fused into {names}"
 
 
-def explain(plan: Plan) -> Explanation:
+def explain(plan: Plan, *, shardings: Any = None) -> Explanation:
     """Say what a plan trains: leaf, use, method, size, how it enters, extra FLOPs, totals and percent.
 
     Args:
         plan: the plan.
+        shardings: what `jpeft.shardings` returned, to be told how each entry is divided over a mesh, and which are
+            whole on every device by choice.
 
     Returns:
         The data; printing it prints the table.
+
+    Raises:
+        ShardingError: `shardings` is something else.
 
     Example:
         >>> import jax.numpy as jnp, jpeft
@@ -129,11 +138,12 @@ def explain(plan: Plan) -> Explanation:
         24
     """
     rows = []
+    where = {} if shardings is None else described(plan, shardings)
     for e in plan.entries:
         per_row, per_call = e.method.flops(e.site)
         frozen = sum(math.prod(s.shape) for s in e.shapes()[1].values())
         rows.append(Row(e.path, e.site.shape, e.site.use, type(e.method).__name__, e.count(), frozen, _rule(plan, e),
-                        per_row * e.site.rows + per_call))
+                        per_row * e.site.rows + per_call, where.get(e.path, "")))
     adapted = {r.path for r in rows}
     total = int(sum(np.prod(s.shape, dtype=np.int64) for s in plan.sites))
     return Explanation(tuple(rows), tuple(s for s in plan.sites if s.path not in adapted), total,

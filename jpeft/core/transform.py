@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpeft.core import sharding
 from jpeft.core.calibrate import Calibration, Statistics, statistics
 from jpeft.core.frozen import Frozen
 from jpeft.core.interpret import Context, flush, run
@@ -32,7 +33,8 @@ def path_number(path: str) -> int:
     return zlib.crc32(path.encode())
 
 
-def init(plan: Plan, params: Any, key: jax.Array, *, calibration: Any = None) -> tuple[Trainable, Frozen]:
+def init(plan: Plan, params: Any, key: jax.Array, *, calibration: Any = None,
+         shardings: Any = None) -> tuple[Trainable, Frozen]:
     """Create the trainable partition and wrap the parameters as the frozen one.
 
     Args:
@@ -40,6 +42,8 @@ def init(plan: Plan, params: Any, key: jax.Array, *, calibration: Any = None) ->
         params: the base parameters. Their leaves become `frozen.base` as they are, without a copy.
         key: a PRNG key.
         calibration: a `jpeft.Calibration`, the model and batches of data, for methods whose start depends on them.
+        shardings: what `jpeft.shardings` returned: every array is made where it belongs, and never whole. None: derived
+            from the params where they lie on a mesh; on one device otherwise.
 
     Returns:
         `(trainable, frozen)`: `{path: {letter: array}}`, every leaf in a buffer of its own, and `Frozen(base, theta)`.
@@ -47,6 +51,7 @@ def init(plan: Plan, params: Any, key: jax.Array, *, calibration: Any = None) ->
     Raises:
         PathError: the params are not those of the plan.
         CallError: calibration is given and no method of the plan reads it, or one needs it and it is not given.
+        ShardingError: shardings is not what `jpeft.shardings` returned for this plan.
 
     Example:
         >>> import jax, jax.numpy as jnp, jpeft
@@ -74,10 +79,12 @@ def init(plan: Plan, params: Any, key: jax.Array, *, calibration: Any = None) ->
         return {p: t for p, (t, _) in made.items()}, {p: f for p, (_, f) in made.items() if f}
 
     bases = {e.path: by_path[e.path] for e in plan.entries}
-    trainable, theta = jax.jit(create)(key, bases)
+    places = sharding.of_arrays(plan, names, leaves) if shardings is None else sharding.parts(plan, shardings)
+    where = {} if places is None else {"out_shardings": (places[0], places[1].theta)}
+    trainable, theta = jax.jit(create, **where)(key, bases)
     if calibration is not None:
         data = statistics(adapt, plan, params, calibration)
-        trainable, theta = jax.jit(functools.partial(_calibrate, plan))(key, bases, trainable, theta, data)
+        trainable, theta = jax.jit(functools.partial(_calibrate, plan), **where)(key, bases, trainable, theta, data)
     return trainable, Frozen(params, theta)
 
 

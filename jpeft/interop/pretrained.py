@@ -95,7 +95,7 @@ def from_pretrained(
         raise ShardingError("shardings say where leaves lie on a mesh; pass mesh too" if mesh is None else
                             "mesh and put both say where leaves live; pass one of them")
     raw, tensors, read_tokenizer, where = _opened(resolve(source, sha256))
-    family = _family(raw, where)
+    family = family_of(raw, where)
     if task is not None and task not in family.tasks:
         raise ModelConfigError(f"task {task!r} is none of {family.tasks} ({nearest(task, family.tasks, 1)})")
     said = family.task_of(raw)
@@ -199,7 +199,16 @@ def _opened(path: Path) -> tuple[dict[str, Any], Tensors, Callable[[Any], Tokeni
     return raw, Safetensors(path), tokenizer, str(path / CONFIG)
 
 
-def _family(raw: Mapping[str, Any], where: str) -> Family:
+def family_of(raw: Mapping[str, Any], where: str) -> Family:
+    """Return the family of a `config.json`.
+
+    Args:
+        raw: the file's content.
+        where: its place, for messages.
+
+    Raises:
+        ModelConfigError: its `model_type` is not implemented.
+    """
     kind = str(raw.get("model_type"))
     if kind not in FAMILIES:
         raise ModelConfigError(f"{where}: model_type {kind!r} is not implemented, only {', '.join(FAMILIES)} "

@@ -26,7 +26,7 @@ from jpeft.models.model import Model
 from jpeft.models.output import Output
 
 
-class _Kernel(Block):
+class Head(Block):
     """The kernel of a head `[D, out]`: a parameter that is read, not applied."""
 
     features: int = 0
@@ -85,7 +85,7 @@ class DecoderModule(Block):
     def _head(self, words: nn.Embed) -> Callable[[jax.Array], jax.Array]:
         if self.config.tied:
             return words.attend
-        kernel = _Kernel(self.config, self.dtype, features=self.config.vocab_size, name="lm_head")()
+        kernel = Head(self.config, self.dtype, features=self.config.vocab_size, name="lm_head")()
 
         def head(hidden: jax.Array) -> jax.Array:
             return jnp.dot(*promote_dtype(hidden, kernel, dtype=self.dtype))

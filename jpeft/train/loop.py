@@ -75,7 +75,7 @@ def fit(
     there were no loop.
 
     Args:
-        step: from `make_train_step`.
+        step: from `make_train_step` or `compiled_step`, compiled.
         state: where to begin; `state.step` says at which step. It may be donated: use `result.state` from then on.
         frozen: what the step needs besides.
         batches: an iterator, with `get_state()` if there are checkpoints.
@@ -100,9 +100,9 @@ def fit(
     Example:
         >>> import itertools, jax, jax.numpy as jnp, optax
         >>> from jpeft.train.state import create
-        >>> from jpeft.train.step import make_train_step
+        >>> from jpeft.train.step import compiled_step
         >>> tx = optax.sgd(0.1)
-        >>> step = make_train_step(lambda t, frozen, batch, key: (jnp.sum((t["w"] - batch) ** 2), {}), tx)
+        >>> step = compiled_step(lambda t, frozen, batch, key: (jnp.sum((t["w"] - batch) ** 2), {}), tx)
         >>> state = create({"w": jnp.zeros(2)}, tx, jax.random.key(0))
         >>> result = fit(step, state, None, itertools.repeat(jnp.ones(2)), total_steps=50)
         >>> result.stopped, int(result.state.step), round(float(result.state.trainable["w"][0]), 3)
@@ -128,7 +128,7 @@ def fit(
                 run.report(late)
                 late = None
                 if judging and evaluate is not None:
-                    run.judge(n, evaluate(state.trainable), state.trainable, on_best)
+                    run.judge(n, evaluate(state.evaluated), state.evaluated, on_best)
                 stop = signals.caught
                 if saving or stop:
                     run.save(n, state, batches)

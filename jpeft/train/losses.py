@@ -1,4 +1,4 @@
-"""Loss functions for `make_train_step`."""
+"""Loss functions for `pure_step` and `compiled_step`."""
 
 from __future__ import annotations
 

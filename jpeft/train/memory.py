@@ -46,7 +46,7 @@ def step_memory(jitted: Any, *args: Any, **kwargs: Any) -> StepMemory:
     Compiles it for these arguments, which may be `jax.ShapeDtypeStruct`.
 
     Args:
-        jitted: what `jax.jit` returned, such as a step of `make_train_step`.
+        jitted: what `jax.jit` returned, such as a step of `compiled_step`.
         *args: its arguments.
         **kwargs: its keyword arguments.
 

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from jpeft.errors import LossFunctionError
+from jpeft.train.sharding import like_parameters, replicated
 
 
 class TrainState(NamedTuple):
@@ -19,21 +21,31 @@ class TrainState(NamedTuple):
         trainable: the parameters that are trained.
         opt_state: the optimiser's.
         key: a PRNG key that never changes; step `n` draws from `fold_in(key, n)`, so a resumed run draws the same.
+        ema: the average of the parameters over the steps, or None.
     """
 
     step: jax.Array
     trainable: Any
     opt_state: Any
     key: jax.Array
+    ema: Any = None
+
+    @property
+    def evaluated(self) -> Any:
+        """The parameters to evaluate and to keep: the average where there is one."""
+        return self.trainable if self.ema is None else self.ema
 
 
-def create(trainable: Any, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
+def create(trainable: Any, tx: optax.GradientTransformation, key: jax.Array, *, ema: bool = False) -> TrainState:
     """Return the state before the first step, in buffers of its own: a step may donate it and `trainable` stays valid.
+
+    On a mesh, each slot of the optimiser is made where its parameter lies, and never whole.
 
     Args:
         trainable: any pytree of floating arrays, such as `jpeft.init` returns.
         tx: the optimiser.
         key: a PRNG key.
+        ema: keep an average of the parameters too, for a step that has a decay.
 
     Raises:
         LossFunctionError: there is nothing to train, or a leaf has a dtype that has no gradient.
@@ -51,5 +63,31 @@ def create(trainable: Any, tx: optax.GradientTransformation, key: jax.Array) -> 
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             name = f"trainable{jax.tree_util.keystr(path)}"
             raise LossFunctionError(f"{name} is {jnp.result_type(leaf)}, which has no gradient; keep it in frozen")
-    state = TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable), key)
-    return jax.tree.map(jnp.copy, state)
+
+    def build(trainable: Any, key: jax.Array) -> TrainState:
+        state = TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable), key, trainable if ema else None)
+        return jax.tree.map(jnp.copy, state)
+
+    if any(isinstance(leaf, jax.core.Tracer) for _, leaf in leaves):
+        return build(trainable, key)
+    places = [getattr(leaf, "sharding", None) for _, leaf in leaves]
+    if not all(isinstance(place, NamedSharding) for place in places):
+        return build(trainable, key)
+    where = state_shardings(trainable, jax.tree.map(lambda leaf: leaf.sharding, trainable), tx, ema=ema)
+    return jax.jit(build, out_shardings=where)(trainable, key)
+
+
+def state_shardings(shapes: Any, shardings: Any, tx: optax.GradientTransformation, *, ema: bool = False) -> TrainState:
+    """Return where a state lies on a mesh, for `in_shardings` and `out_shardings` of a step.
+
+    Args:
+        shapes: the trainable partition, arrays or `jax.ShapeDtypeStruct` (as of `plan.theta_shapes()`).
+        shardings: its shardings, as `jpeft.shardings` returned them.
+        tx: the optimiser.
+        ema: whether the state has an average.
+
+    Returns:
+        A `TrainState` with a sharding for each leaf; what is neither a parameter nor its slot is on every device.
+    """
+    rest = replicated(shardings)
+    return TrainState(rest, shardings, like_parameters(tx, shapes, shardings), rest, shardings if ema else None)

@@ -20,7 +20,7 @@ import jpeft
 from jpeft.train.losses import classification
 from jpeft.train.optimizer import Optimizer, make, schedule
 from jpeft.train.state import create
-from jpeft.train.step import make_train_step
+from jpeft.train.step import compiled_step
 
 NEEDS = ("torch", "transformers", "peft", "flax")
 MISSING = [name for name in NEEDS if importlib.util.find_spec(name) is None]
@@ -70,7 +70,7 @@ def ours(folder: Path, method: str, shared: BatchFile) -> tuple[dict, int, list[
     s = shared.settings
     how = Optimizer("adamw", RATES[method], "linear", 0.25, s["weight_decay"], s["clip"], tuple(s["betas"]), s["eps"])
     tx, _ = make(how, STEPS, trainable, plan)
-    step, state, losses = make_train_step(classification(apply), tx), create(trainable, tx, jax.random.key(2)), []
+    step, state, losses = compiled_step(classification(apply), tx), create(trainable, tx, jax.random.key(2)), []
     for batch in shared.train:
         state, metrics = step(state, frozen, {**batch.inputs, "labels": batch.labels, "weights": batch.weights})
         losses.append(float(metrics["loss"]))

@@ -28,7 +28,7 @@ from jpeft.train import state as states
 from jpeft.train.checkpoint import Checkpoints
 from jpeft.train.hooks import Hook
 from jpeft.train.loop import fit
-from jpeft.train.step import make_train_step
+from jpeft.train.step import compiled_step
 
 TOTAL = 22
 
@@ -97,7 +97,7 @@ def test_dropout_differs_from_step_to_step():
     job, tx = Job(None, TOTAL), optax.set_to_zero()
     one = next(job.batches)
     state = states.create(jax.tree.map(lambda x: jnp.full_like(x, 0.3), job.state.trainable), tx, jax.random.key(0))
-    step = make_train_step(losses.classification(job.apply), tx, donate=False)
+    step = compiled_step(losses.classification(job.apply), tx, donate=False)
     found = []
     for _ in range(3):
         state, values = step(state, job.frozen, one)
@@ -202,7 +202,7 @@ def test_runs_in_a_thread():
 def plain(loss=None, tx=None):
     tx = tx or optax.sgd(0.1)
     loss = loss or (lambda t, frozen, batch, key: (jnp.sum((t["w"] - batch) ** 2), {}))
-    return states.create({"w": jnp.zeros(2)}, tx, jax.random.key(0)), make_train_step(loss, tx)
+    return states.create({"w": jnp.zeros(2)}, tx, jax.random.key(0)), compiled_step(loss, tx)
 
 
 class Counted:

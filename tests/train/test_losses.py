@@ -12,7 +12,7 @@ import pytest
 
 from jpeft.train.losses import causal_lm, mean_and_count, model_inputs, seq2seq
 from jpeft.train.state import create
-from jpeft.train.step import make_train_step
+from jpeft.train.step import compiled_step
 
 KEY = jax.random.key(0)
 TABLE = {"table": jax.random.normal(KEY, (7, 7))}
@@ -83,7 +83,7 @@ def test_a_step_learns_and_hands_the_key_on() -> None:
         return bigrams(trainable, frozen, batch, key)
 
     tx = optax.sgd(1.0)
-    step = make_train_step(seq2seq(apply), tx, donate=False)
+    step = compiled_step(seq2seq(apply), tx, donate=False)
     state = create(TABLE, tx, KEY)
     losses = []
     for _ in range(3):

@@ -12,7 +12,7 @@ from jpeft.errors import BatchesError, LossFunctionError
 from jpeft.train import losses
 from jpeft.train import state as states
 from jpeft.train.evaluate import evaluate
-from jpeft.train.step import make_train_step
+from jpeft.train.step import compiled_step
 
 KEY = jax.random.key(0)
 
@@ -28,7 +28,7 @@ def fresh(tx=None, key=KEY, **leaves):
 
 def test_step_is_the_plain_update():
     state, tx = fresh(optax.adamw(0.1))
-    step = make_train_step(quadratic, tx, schedule=lambda n: 0.5 * n, donate=False)
+    step = compiled_step(quadratic, tx, schedule=lambda n: 0.5 * n, donate=False)
     trainable, opt_state = {"w": jnp.zeros(3)}, tx.init({"w": jnp.zeros(3)})
     batch = jnp.arange(3.0)
     for n in range(3):
@@ -53,7 +53,7 @@ def test_one_trace_for_many_steps():
         traces.append(1)
         return quadratic(*args)
 
-    step = make_train_step(counted, tx)
+    step = compiled_step(counted, tx)
     for _ in range(3):
         state, _ = step(state, None, jnp.ones(3))
     assert len(traces) == 1
@@ -64,11 +64,11 @@ def test_state_is_donated_and_what_it_was_made_from_is_not():
     state, tx = fresh(None, w=shared, v=shared)
     before = state.trainable["w"]
     frozen = {"base": jnp.ones(3)}
-    state, _ = make_train_step(quadratic, tx)(state, frozen, jnp.ones(3))
+    state, _ = compiled_step(quadratic, tx)(state, frozen, jnp.ones(3))
     assert before.is_deleted()
     assert not shared.is_deleted()
     assert not frozen["base"].is_deleted()
-    kept, _ = make_train_step(quadratic, tx, donate=False)(state, frozen, jnp.ones(3))
+    kept, _ = compiled_step(quadratic, tx, donate=False)(state, frozen, jnp.ones(3))
     assert not state.trainable["w"].is_deleted()
     assert float(kept.step) == 2
 
@@ -78,7 +78,7 @@ def test_create_keeps_shardings_and_old_style_keys():
     spread = jax.device_put(jnp.zeros(4), jax.NamedSharding(mesh, jax.P("x")))
     state, tx = fresh(optax.sgd(0.1), jax.random.PRNGKey(3), w=spread)
     assert state.trainable["w"].sharding == spread.sharding
-    state, metrics = make_train_step(quadratic, tx)(state, None, jnp.ones(4))
+    state, metrics = compiled_step(quadratic, tx)(state, None, jnp.ones(4))
     assert float(metrics["loss"]) == 4.0
 
 
@@ -110,14 +110,14 @@ def test_create_rejects_what_cannot_be_trained(leaves, text):
 ])
 def test_loss_functions_that_return_something_else(returned, text):
     state, tx = fresh()
-    step = make_train_step(lambda t, frozen, batch, key: returned(t["w"]), tx)
+    step = compiled_step(lambda t, frozen, batch, key: returned(t["w"]), tx)
     with pytest.raises(LossFunctionError, match=text):
         step(state, None, None)
 
 
 def test_float16_gradients_have_a_norm():
     state, tx = fresh(optax.sgd(0.0), w=jnp.zeros(2, jnp.float16))
-    step = make_train_step(lambda t, frozen, batch, key: ((t["w"] * 300).astype(jnp.float32).sum(), {}), tx)
+    step = compiled_step(lambda t, frozen, batch, key: ((t["w"] * 300).astype(jnp.float32).sum(), {}), tx)
     assert float(step(state, None, None)[1]["grad_norm"]) == pytest.approx(300 * 2**0.5)
 
 

@@ -21,7 +21,7 @@ from jpeft.train import state as states
 from jpeft.train.checkpoint import Checkpoints
 from jpeft.train.evaluate import evaluate
 from jpeft.train.loop import FitResult, fit
-from jpeft.train.step import make_train_step
+from jpeft.train.step import compiled_step
 
 VOCAB, WIDTH, CLASSES, ROWS = 11, 8, 3, 40
 
@@ -91,7 +91,7 @@ def parts(total: int, rank: int, base_seed: int) -> Parts:
     trainable, frozen = jpeft.init(plan, params, jax.random.key(1))
     adam = optimizer.Optimizer("adamw", 3e-2, warmup=0.1, weight_decay=0.01, clip=1.0)
     tx, rate = optimizer.make(adam, total, trainable, plan)
-    step = make_train_step(losses.classification(apply), tx, schedule=rate)
+    step = compiled_step(losses.classification(apply), tx, schedule=rate)
     return Parts(apply, step, tx, trainable, frozen, jpeft.fingerprint(params))
 
 

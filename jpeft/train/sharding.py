@@ -1,0 +1,94 @@
+"""Where what training needs lies on a mesh: batches, and the optimiser's state beside its parameters."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+from jpeft.errors import ShardingError
+
+ROWS = ("data", "fsdp")
+"""Mesh axes that divide the rows of a batch; "sequence" divides the tokens of a row."""
+
+
+def batch_shardings(batch: Any, mesh: Mesh) -> Any:
+    """Return where a batch goes: rows over the axes "data" and "fsdp" of the mesh, tokens over "sequence".
+
+    Args:
+        batch: a pytree of arrays or `jax.ShapeDtypeStruct` `[B, ...]` or `[B, T, ...]`.
+        mesh: it may lack any of these axes; what no axis divides is on every device.
+
+    Returns:
+        A `NamedSharding` for each array, for `jax.device_put` and `in_shardings`.
+
+    Raises:
+        ShardingError: the axes do not divide the rows, or the tokens.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"))
+        >>> tuple(batch_shardings({"tokens": jnp.ones((4, 8))}, mesh)["tokens"].spec)
+        ('fsdp',)
+    """
+    rows = tuple(axis for axis in ROWS if axis in mesh.shape)
+    over = (rows[0] if len(rows) == 1 else rows or None, "sequence" if "sequence" in mesh.shape else None)
+
+    def one(x: Any) -> NamedSharding:
+        spec: list[Any] = []
+        for what, size, axes in zip(("rows", "tokens"), x.shape, over, strict=False):
+            names = (axes,) if isinstance(axes, str) else axes or ()
+            parts = math.prod(mesh.shape[axis] for axis in names)
+            if size % parts:
+                raise ShardingError(f"a batch has {size} {what}, which {', '.join(names)} of {parts} devices do not "
+                                    f"divide; make it {-(-size // parts) * parts} {what}")
+            spec.append(axes)
+        while spec and spec[-1] is None:
+            spec.pop()
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(one, batch)
+
+
+def like_parameters(tx: optax.GradientTransformation, shapes: Any, shardings: Any) -> Any:
+    """Return where the optimiser's state goes: each slot with its parameter, what is no slot on every device.
+
+    A slot is a leaf of the state whose path ends in the path of a parameter and whose shape is that of the parameter.
+
+    Args:
+        tx: the optimiser.
+        shapes: the parameters, arrays or `jax.ShapeDtypeStruct`.
+        shardings: their shardings, in the same structure.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from jax.sharding import NamedSharding, PartitionSpec as P
+        >>> mesh = jax.make_mesh((1,), ("fsdp",))
+        >>> where = like_parameters(optax.adam(0.1), {"w": jnp.ones(4)}, {"w": NamedSharding(mesh, P("fsdp"))})
+        >>> tuple(where[0].mu["w"].spec), tuple(where[0].count.spec)
+        (('fsdp',), ())
+    """
+    keyed, _ = jax.tree_util.tree_flatten_with_path(shapes)
+    places = jax.tree.leaves(shardings)
+    of = {tuple(map(str, keys)): (tuple(leaf.shape), place)
+          for (keys, leaf), place in zip(keyed, places, strict=True)}
+    rest = replicated(places)
+    depths = sorted({len(keys) for keys in of}, reverse=True)
+
+    def one(keys: Any, leaf: Any) -> Sharding:
+        names = tuple(map(str, keys))
+        ends = (names[len(names) - depth:] for depth in depths)
+        found = next((of[end] for end in ends if end in of), None)
+        return found[1] if found is not None and found[0] == tuple(leaf.shape) else rest
+
+    return jax.tree_util.tree_map_with_path(one, jax.eval_shape(tx.init, shapes))
+
+
+def replicated(places: Any) -> Sharding:
+    """Return the sharding of what is whole on all devices of some shardings."""
+    leaves = jax.tree.leaves(places)
+    mesh = next((one.mesh for one in leaves if isinstance(one, NamedSharding)), None)
+    return leaves[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
