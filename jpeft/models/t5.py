@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax.ad_checkpoint import checkpoint_name
 
+from jpeft.core.sharding import divide_rows
 from jpeft.errors import ModelInputError
 from jpeft.models import cache as caches
 from jpeft.models.cache import Cache
@@ -135,6 +136,7 @@ class EncoderLayer(_Block):
     @nn.compact
     def __call__(self, x: jax.Array, bias: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, None]:
         args = (self.config, self.dtype, self.train)
+        x = divide_rows(x)
         inner = self.norm(x, "attention_norm")
         mixed, _ = Attention(*args, name="attention")(inner, inner, None, bias, mask)
         x = x + self.drop(checkpoint_name(mixed, "attention_out"))
@@ -149,6 +151,7 @@ class DecoderLayer(_Block):
     def __call__(self, x: jax.Array, before: Pair | None, encoded: Pair | None, memory: jax.Array | None,
                  bias: jax.Array, mask: jax.Array, seen: jax.Array | None) -> tuple[jax.Array, tuple[Pair, Pair]]:
         args = (self.config, self.dtype, self.train)
+        x = divide_rows(x)
         inner = self.norm(x, "attention_norm")
         mixed, own = Attention(*args, name="attention")(inner, inner, before, bias, mask)
         x = x + self.drop(checkpoint_name(mixed, "attention_out"))
