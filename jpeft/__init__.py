@@ -24,7 +24,7 @@ from jpeft.core.partition import combine, mask, partition
 from jpeft.core.plan import Plan
 from jpeft.core.planning import plan
 from jpeft.core.roles import inspect
-from jpeft.core.sharding import shardings
+from jpeft.core.sharding import divide_rows, shardings
 from jpeft.core.site import Site
 from jpeft.core.store import load, save
 from jpeft.core.tokens import Tokens
@@ -44,9 +44,9 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "Calibration", "Call", "Frozen", "Identity", "Method", "NotMergeable", "Plan", "Site", "Tokens", "adalora_init",
-    "adalora_update", "adapt", "adapt_prefix", "base", "base_shardings", "combine", "explain", "fingerprint",
-    "from_nnx", "from_pretrained", "init", "inspect", "layers", "load", "mask", "merge", "merge_error", "multiply",
-    "optim", "partition", "penalty", "plan", "register_rule", "save", "save_pretrained", "shardings",
+    "adalora_update", "adapt", "adapt_prefix", "base", "base_shardings", "combine", "divide_rows", "explain",
+    "fingerprint", "from_nnx", "from_pretrained", "init", "inspect", "layers", "load", "mask", "merge", "merge_error",
+    "multiply", "optim", "partition", "penalty", "plan", "register_rule", "save", "save_pretrained", "shardings",
     *_methods,
 ]
 

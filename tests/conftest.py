@@ -24,7 +24,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-pytest.register_assert_rewrite("cases", "flops", "gallery", "layouts", "support")
+pytest.register_assert_rewrite("cases", "collectives", "flops", "gallery", "layouts", "meshes", "support")
 
 import jax  # noqa: E402
 

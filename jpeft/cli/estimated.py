@@ -63,7 +63,7 @@ def _method(pattern: str, rule: Mapping[str, Any]) -> str:
 
 def _table(request: Request, found: Mapping[str, Any], chips: Sequence[str]) -> list[str]:
     moved = [Moved(**one) for one in found["moved"]]
-    rows = [("chip", "memory", "compute", "memory", "links", "limit", "tokens/s at most")]
+    rows: list[tuple[str, ...]] = [("chip", "memory", "compute", "memory", "links", "limit", "tokens/s at most")]
     for name in chips:
         chip = CHIPS[name]
         least = bound(chip, found["flops"], found["product_bytes"], moved, found["full"])

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jpeft.core.frozen import Frozen
 from jpeft.core.paths import flatten
@@ -17,6 +17,9 @@ from jpeft.errors import ShardingError
 
 SMALL = 2**20
 """Entries of theta of fewer bytes than these are whole on every device, unless `shardings` is told otherwise."""
+
+ROWS = ("data", "fsdp")
+"""Mesh axes that divide the rows of a batch."""
 
 ThetaShardings = dict[str, dict[str, Sharding]]
 
@@ -56,7 +59,8 @@ def shardings(plan: Plan, base_shardings: Any, *, replicate_below: int = SMALL) 
     if isinstance(replicate_below, bool) or not isinstance(replicate_below, int) or replicate_below < 0:
         raise ShardingError(f"replicate_below = {replicate_below!r} must be a number of bytes, 0 or more")
     base, by_path = _of_base(plan, base_shardings)
-    trainable, theta = {}, {}
+    trainable: ThetaShardings = {}
+    theta: Any = {}
     for entry in plan.entries:
         axes, where = entry.method.axes(entry.site), by_path[entry.path]
         parts = [{letter: _placed(entry, letter, struct, axes, where, replicate_below)
@@ -64,6 +68,34 @@ def shardings(plan: Plan, base_shardings: Any, *, replicate_below: int = SMALL) 
         trainable[entry.path] = parts[0]
         theta |= {entry.path: parts[1]} if parts[1] else {}
     return trainable, Frozen(base, theta)
+
+
+def divide_rows(x: jax.Array) -> jax.Array:
+    """Keep the rows of an activation `[B, ...]` divided over the axes "data" and "fsdp" of the mesh that is set.
+
+    Where an axis divides both rows and weights ("fsdp"), the compiler may choose to gather the rows; a model that says
+    this of its residual stream, once in each layer, has its weights gathered instead, layer by layer. The models of
+    jpeft do. It changes no value, and does nothing outside `with jax.set_mesh(mesh)`, outside `jax.jit`, and for axes
+    that do not divide B or are of type Explicit or Manual.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> with jax.set_mesh(jax.make_mesh((1,), ("fsdp",), (jax.sharding.AxisType.Auto,))):
+        ...     print(jax.jit(divide_rows)(jnp.ones((2, 3))).shape)
+        (2, 3)
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not isinstance(x, jax.core.Tracer) or not x.ndim:
+        return x
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    axes: tuple[str, ...] = ()
+    for axis in ROWS:
+        if kinds.get(axis) is AxisType.Auto and x.shape[0] % math.prod(mesh.shape[a] for a in (*axes, axis)) == 0:
+            axes = (*axes, axis)
+    if not axes:
+        return x
+    spec = PartitionSpec(axes, *(PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1))
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def described(plan: Plan, given: tuple[Any, Any]) -> dict[str, str]:

@@ -80,7 +80,7 @@ def init(plan: Plan, params: Any, key: jax.Array, *, calibration: Any = None,
 
     bases = {e.path: by_path[e.path] for e in plan.entries}
     places = sharding.of_arrays(plan, names, leaves) if shardings is None else sharding.parts(plan, shardings)
-    where = {} if places is None else {"out_shardings": (places[0], places[1].theta)}
+    where: dict[str, Any] = {} if places is None else {"out_shardings": (places[0], places[1].theta)}
     trainable, theta = jax.jit(create, **where)(key, bases)
     if calibration is not None:
         data = statistics(adapt, plan, params, calibration)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jpeft.core.sharding import divide_rows
 from jpeft.models.cache import Cache
 from jpeft.models.decoder_config import DecoderConfig
 from jpeft.models.layers import ACTIVATIONS, Part, RmsNorm, attend
@@ -170,7 +171,7 @@ class Layer(Block):
 
     @nn.compact
     def __call__(self, x: jax.Array, here: Here, shared: Shared) -> tuple[jax.Array, Past]:
-        c = self.config
+        c, x = self.config, divide_rows(x)
         before, after = c.norm_at in ("before", "both"), c.norm_at in ("after", "both")
         mixed, pair = Attention(c, self.dtype, self.train, name="attention")(
             self.norm(x, "attention_norm") if before else x, here, shared)

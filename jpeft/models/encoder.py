@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jpeft.core.sharding import divide_rows
 from jpeft.errors import ModelConfigError, ModelInputError
 from jpeft.models.layers import ACTIVATIONS, REMAT, attention, behind, check_pair, choose, stacked, visible
 from jpeft.models.model import Model
@@ -160,7 +161,7 @@ class Layer(_Block):
 
     @nn.compact
     def __call__(self, x: jax.Array, prefix: Pair | None, mask: jax.Array | None) -> tuple[jax.Array, None]:
-        c = self.config
+        c, x = self.config, divide_rows(x)
         mixed = Attention(c, self.dtype, self.train, name="attention")(x, mask, prefix)
         x = self.norm(x + self.drop(mixed, c.dropout), "attention_norm")
         inner = Mlp(c, self.dtype, self.train, name="mlp")(x)

@@ -202,7 +202,7 @@ def placements(shapes: Any, mesh: Mesh, rules: Mapping[str, PartitionSpec] | Non
         names = logical_axes(path, shape)
         known = set(names) - {None, "layers"}
         site = None if known or path in chosen else (sites or {}).get(path)
-        wanted = _explicit(path, shape, *chosen[path]) if path in chosen else [
+        wanted: list[str | tuple[str, ...] | None] = _explicit(path, shape, *chosen[path]) if path in chosen else [
             tuple(a for a in mesh_axes.get(n or "", ()) if a in sizes) or None
             for n in (names if site is None else role_axes(site))]
         spec, left = _fitted(wanted, shape, sizes)

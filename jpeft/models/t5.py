@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax.ad_checkpoint import checkpoint_name
 
+from jpeft.core.sharding import divide_rows
 from jpeft.errors import ModelInputError
 from jpeft.models import cache as caches
 from jpeft.models.cache import Cache
@@ -146,6 +147,7 @@ class EncoderLayer(_Block):
     def __call__(self, x: jax.Array, prefix: Pair | None, bias: jax.Array,
                  mask: jax.Array | None) -> tuple[jax.Array, None]:
         args = (self.config, self.dtype, self.train)
+        x = divide_rows(x)
         inner = self.norm(x, "attention_norm")
         mixed, _ = Attention(*args, name="attention")(inner, inner, None, bias, mask, prefix)
         x = x + self.drop(checkpoint_name(mixed, "attention_out"))
@@ -161,6 +163,7 @@ class DecoderLayer(_Block):
                  memory: jax.Array | None, bias: jax.Array, mask: jax.Array,
                  seen: jax.Array | None) -> tuple[jax.Array, tuple[Pair, Pair]]:
         args = (self.config, self.dtype, self.train)
+        x = divide_rows(x)
         inner = self.norm(x, "attention_norm")
         mixed, own = Attention(*args, name="attention")(inner, inner, before, bias, mask, prefix.get("decoder"))
         x = x + self.drop(checkpoint_name(mixed, "attention_out"))

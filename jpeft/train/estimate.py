@@ -44,7 +44,7 @@ from jpeft.train.state import TrainState, state_shardings
 
 ATTENTION = ("scores", "fused")
 _STAND_IN = jnp.dtype("float16")
-_OPTIONS = {
+_OPTIONS: dict[str, Any] = {
     "xla_backend_optimization_level": 0,  # machine code that nobody runs
     "xla_cpu_use_fusion_emitters": False,
     "xla_disable_hlo_passes": "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion,"
@@ -170,7 +170,8 @@ class Abstract:
         trainable, theta = self.plan.theta_shapes()
         over, frozen = shardings(self.plan, self.base)
         self.tx, self.rate = optimizer.make(self.job.optimizer, 1000, trainable, self.plan)
-        key, count = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32)
+        key: Any = jax.eval_shape(lambda: jax.random.key(0))
+        count: Any = jax.ShapeDtypeStruct((), jnp.int32)
         shapes = TrainState(count, trainable, jax.eval_shape(self.tx.init, trainable), key)
         self.places = state_shardings(trainable, over, self.tx)
         return _at(shapes, self.places), Frozen(self.base, _at(theta, frozen.theta))

@@ -68,8 +68,8 @@ def pack(like: Any, arrays: Sequence[np.ndarray]) -> Any:
 def stored_struct(like: Any) -> list[jax.ShapeDtypeStruct]:
     """Return shape and dtype of what is stored for each leaf."""
     _, leaves, _ = flatten(like)
-    return [jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-            for leaf in leaves]
+    stored = (jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf for leaf in leaves)
+    return [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in stored]
 
 
 def digest(found: Sequence[Spec], arrays: Sequence[np.ndarray]) -> str:

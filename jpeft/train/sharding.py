@@ -9,10 +9,8 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from jpeft.core.sharding import ROWS
 from jpeft.errors import ShardingError
-
-ROWS = ("data", "fsdp")
-"""Mesh axes that divide the rows of a batch; "sequence" divides the tokens of a row."""
 
 
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:

@@ -89,5 +89,5 @@ def state_shardings(shapes: Any, shardings: Any, tx: optax.GradientTransformatio
     Returns:
         A `TrainState` with a sharding for each leaf; what is neither a parameter nor its slot is on every device.
     """
-    rest = replicated(shardings)
+    rest: Any = replicated(shardings)
     return TrainState(rest, shardings, like_parameters(tx, shapes, shardings), rest, shardings if ema else None)

@@ -86,7 +86,7 @@ def make_train_step(
         own = {} if plan is None else {"peft": Call(key=key)}
         returned = loss_fn(lambda *args, **kwargs: apply(trainable, frozen, *args, **{**own, **kwargs}), batch, key)
         loss, metrics = _checked(returned if isinstance(returned, tuple) else (returned, {}))
-        if not regularised:
+        if plan is None or not regularised:
             return loss, metrics
         extra = transform.penalty(plan, trainable, frozen).astype(loss.dtype)
         return loss + extra, {**metrics, "penalty": extra}
@@ -174,12 +174,18 @@ def _gradients(loss_fn: LossFn, trainable: Any, frozen: Any, batch: Any, key: ja
     # Of a parameter that is the same on all devices, shard_map would add up the gradients before they are weighed.
     local = jax.tree.map(lambda t: compat.pvary(t, axes) if axes else t, trainable)
 
+    def times(x: Any, factor: Any, weight: jax.Array) -> jax.Array:
+        """Nothing where nothing counts: a mean over no tokens may not be a number."""
+        x = jnp.asarray(x)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return jnp.where(weight == 0, jnp.zeros_like(wide), wide * factor)
+
     def weighed(b: Any, k: jax.Array) -> tuple[Any, Any]:
         (loss, extra), grads = value_and_grad(local, b, k)
         weight = jnp.asarray(extra.get("count", 1.0), jnp.float32)
-        said = {name: jnp.asarray(x, jnp.float32) * (1.0 if name in sums else weight) for name, x in extra.items()}
-        grads = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)) * weight, grads)
-        return (weight, loss * weight, said), grads
+        said = {name: times(x, 1.0 if name in sums else weight, weight) for name, x in extra.items()}
+        grads = jax.tree.map(lambda g: times(g, weight, weight), grads)
+        return (weight, times(loss, weight, weight), said), grads
 
     if parts == 1:
         scalars, grads = weighed(batch, key)
