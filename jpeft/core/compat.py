@@ -114,7 +114,7 @@ def _spec(x: Any) -> tuple[Any, PartitionSpec | None]:
 
 
 def contraction_sharding(a: Any, b: Any, numbers: Any) -> NamedSharding | None:
-    """The out_sharding that a product over sharded dims needs in explicit mode: both free specs, no axis used twice."""
+    """The out_sharding of a product in explicit mode over sharded dims, or of two sides that have one mesh axis."""
     mesh, spec_a = _spec(a)
     other, spec_b = _spec(b)
     mesh = mesh if mesh is not None else other
@@ -123,8 +123,6 @@ def contraction_sharding(a: Any, b: Any, numbers: Any) -> NamedSharding | None:
     (ca, cb), (ba, bb) = numbers
     sa: tuple[Any, ...] = (*(spec_a or ()), *(None,) * (a.ndim - len(spec_a or ())))
     sb: tuple[Any, ...] = (*(spec_b or ()), *(None,) * (b.ndim - len(spec_b or ())))
-    if not any(sa[i] is not None for i in ca) and not any(sb[i] is not None for i in cb):
-        return None
     wanted = [sa[i] if sa[i] is not None else sb[j] for i, j in zip(ba, bb, strict=True)]
     wanted += [sa[i] for i in range(a.ndim) if i not in (*ca, *ba)]
     wanted += [sb[i] for i in range(b.ndim) if i not in (*cb, *bb)]
@@ -134,7 +132,8 @@ def contraction_sharding(a: Any, b: Any, numbers: Any) -> NamedSharding | None:
         names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
         spec.append(None if seen.intersection(names) else entry)
         seen.update(names if spec[-1] is not None else ())
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    contracted = any(sa[i] is not None for i in ca) or any(sb[i] is not None for i in cb)
+    return NamedSharding(mesh, PartitionSpec(*spec)) if contracted or spec != wanted else None
 
 
 def shard_map(f: Callable[..., Any], eqn: Any, in_specs: Any, out_specs: Any) -> Callable[..., Any]:

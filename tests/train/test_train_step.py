@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 from support import assert_close, distance
 
 import jpeft
-from jpeft.errors import TrainConfigError
-from jpeft.train import batch_shardings, create, make_train_step
+from jpeft.errors import LossFunctionError, ShardingError, TrainConfigError
+from jpeft.train import batch_shardings, create, make_train_step, pure_step, state_shardings
 
 D, ROWS = 4, 16
 needs_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
@@ -156,3 +156,46 @@ def test_regularisers_and_dropout_keys_come_with_the_adapted_function() -> None:
     assert float(want) > 0
     assert distance(metrics["loss"], want + jnp.mean(adapted(trainable, frozen, rows()["x"]))) <= 1e-6
     assert float(metrics["noise"]) == float(jax.random.uniform(jax.random.fold_in(key, 0)))
+
+
+@needs_devices
+def test_a_state_is_born_where_it_belongs() -> None:
+    """Slots lie as their parameters, the rest everywhere; the abstract answer is what the arrays have."""
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
+    trainable = {"w": jax.device_put(jnp.ones((4, 8)), NamedSharding(mesh, P("fsdp", "tensor"))),
+                 "b": jax.device_put(jnp.ones(8), NamedSharding(mesh, P("tensor")))}
+    for tx in (optax.adamw(0.1), optax.chain(optax.clip_by_global_norm(1.0), optax.adafactor(0.1))):
+        state = create(trainable, tx, jax.random.key(0), ema=True)
+        places = jax.tree.map(lambda x: x.sharding, trainable)
+        where = state_shardings(jax.eval_shape(lambda: trainable), places, tx, ema=True)
+        assert jax.tree.all(jax.tree.map(lambda x, one: x.sharding == one, state, where))
+        assert {x.sharding.spec for x in jax.tree.leaves(state.opt_state) if x.shape == (4, 8)} <= {P("fsdp", "tensor")}
+        assert state.trainable["w"] is not trainable["w"]
+
+
+def test_what_makes_no_sense() -> None:
+    adapted, trainable, frozen = setting()
+    for options, text in (({"accumulate": 0}, "accumulate = 0 must be"), ({"clip": 0.0}, "clip = 0.0 must be"),
+                          ({"ema": 1.0}, "ema = 1.0 must be")):
+        with pytest.raises(TrainConfigError, match=text):
+            make_train_step(adapted, loss_fn, TX, **options)
+    with pytest.raises(TrainConfigError, match="both must be functions"):
+        make_train_step(adapted, None, TX)
+    state = create(trainable, TX, jax.random.key(2))
+    with pytest.raises(TrainConfigError, match="accumulate = 3 does not divide a batch of 16 rows"):
+        make_train_step(adapted, loss_fn, TX, accumulate=3)(state, frozen, rows())
+    with pytest.raises(LossFunctionError, match=r"returned the loss of shape \(16, 4\)"):
+        make_train_step(adapted, lambda model, batch, key: model(batch["x"]), TX)(state, frozen, rows())
+    with pytest.raises(LossFunctionError, match=r"not \(loss, metrics\)"):
+        pure_step(lambda *args: jnp.zeros(()), TX)(state, frozen, rows())
+
+
+@needs_devices
+def test_batches_that_a_mesh_does_not_divide() -> None:
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "sequence"), (AxisType.Auto,) * 3)
+    struct = jax.ShapeDtypeStruct((4, 6), jnp.int32)
+    assert batch_shardings(struct, mesh).spec == P(("data", "fsdp"), "sequence")
+    for shape, text in (((6, 6), "6 rows, which data, fsdp of 4 devices do not divide; make it 8 rows"),
+                        ((4, 5), "5 tokens, which sequence of 2 devices do not divide; make it 6 tokens")):
+        with pytest.raises(ShardingError, match=text):
+            batch_shardings(jax.ShapeDtypeStruct(shape, jnp.int32), mesh)
