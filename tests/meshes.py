@@ -17,7 +17,7 @@ import jpeft
 from jpeft.train import batch_shardings, create, make_train_step
 
 LAYOUTS = ("DP", "FSDP", "TP", "FSDPxTP")
-KV, VOCAB, ROWS, LENGTH = ".*/(key|value)/kernel", 64, 8, 8
+KV, VOCAB, ROWS, LENGTH = ".*/(key|value)/kernel", 64, 8, 7
 METHODS: dict[str, dict[str, jpeft.Method]] = {
     "LoRA": {".*/(query|value|up|down)/kernel": jpeft.LoRA(rank=4, alpha=8)},
     "DoRA": {".*/(query|down)/kernel": jpeft.DoRA(rank=4, alpha=8)},
