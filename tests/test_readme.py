@@ -16,7 +16,7 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
     assert len(blocks) >= 5
     names: dict[str, object] = {}
-    first, linen, nnx, equinox, save = blocks
-    for block in (first, save, linen, nnx, equinox):
+    first, mesh, linen, nnx, equinox, save = blocks
+    for block in (first, save, mesh, linen, nnx, equinox):
         exec(compile(block, "README.md", "exec"), names)
     assert "trainable 680 of" in capsys.readouterr().out
