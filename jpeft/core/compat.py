@@ -13,6 +13,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 Literal = jec.Literal
 DropVar = jec.DropVar
 
+# Options of the CPU compiler for programs that nobody runs: less time for machine code, the same HLO.
+UNRUN: dict[str, Any] = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):  # later ones do not know it
+    UNRUN["xla_cpu_use_fusion_emitters"] = False
+
 
 def is_extended(x: Any) -> bool:
     """True for PRNG-key arrays and other extended dtypes."""

@@ -45,8 +45,7 @@ from jpeft.train.state import TrainState, state_shardings
 ATTENTION = ("scores", "fused")
 _STAND_IN = jnp.dtype("float16")
 _OPTIONS: dict[str, Any] = {
-    "xla_backend_optimization_level": 0,  # machine code that nobody runs
-    "xla_cpu_use_fusion_emitters": False,
+    **compat.UNRUN,
     "xla_disable_hlo_passes": "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion,"
                               "change-op-data-type",
 }
