@@ -35,7 +35,8 @@ def over_rows(apply: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
         >>> from jpeft.models.decoder import Decoder, DecoderConfig
         >>> model = Decoder(DecoderConfig(9, 8, 2, 2, 1, 4, 16, 32))
         >>> params, tokens = model.init(jax.random.key(0)), jnp.ones((4, 3), int)
-        >>> apply = over_rows(model.apply, jax.make_mesh((1,), ("fsdp",)))
+        >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> apply = over_rows(model.apply, mesh)
         >>> apply(params, tokens).logits.shape
         (4, 3, 9)
     """

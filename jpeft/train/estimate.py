@@ -226,7 +226,7 @@ def estimate(job: Job) -> Estimate:
         >>> adam = optimizer.Optimizer("adam", 1e-3)
         >>> found = estimate(Job(model, {"attention": LoRA(rank=2)}, {"fsdp": 1}, 2, 16, adam))
         >>> found.trainable, found.base == 4 * found.parameters
-        (768, True)
+        (896, True)
     """
     start = time.perf_counter()
     made = Abstract(job)
