@@ -17,6 +17,7 @@ from jpeft.methods.hira import HiRA
 from jpeft.methods.hra import HRA
 from jpeft.methods.ia3 import IA3
 from jpeft.methods.kasa import KaSA
+from jpeft.methods.llama_adapter import LLaMAAdapter
 from jpeft.methods.loha import LoHa
 from jpeft.methods.lokr import LoKr
 from jpeft.methods.lora import LoRA
@@ -63,6 +64,7 @@ __all__ = [
     "HiRA",
     "Houlsby",
     "KaSA",
+    "LLaMAAdapter",
     "LayerNormTuning",
     "LoHa",
     "LoKr",

@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from jpeft.errors import ModelInputError
+from jpeft.errors import ModelConfigError, ModelInputError
 from jpeft.models import cache as caches
 from jpeft.models.cache import Cache
 from jpeft.models.decoder_config import DecoderConfig
 from jpeft.models.decoder_layers import Block, Layer, Past, Shared, here, masks, tables
 from jpeft.models.layers import REMAT, check_pair, choose, stacked
 from jpeft.models.loss import chunked_cross_entropy
-from jpeft.models.model import Model
+from jpeft.models.model import Model, Params
 from jpeft.models.output import Output
 
 
@@ -149,6 +149,34 @@ class Decoder(Model):
 
     def module(self, train: bool = False) -> DecoderModule:
         return DecoderModule(self.config, self.dtype, train, self.remat)
+
+    def with_adapter(self, params: Any, length: int) -> tuple[Decoder, Params]:
+        """Return this model and its params with places for `jpeft.LLaMAAdapter`: it computes what it did before.
+
+        Each attention gets `adapter_prompt` `[L, length, D]`, from one, and `adapter_gate` `[L, H]`, from zero.
+
+        Args:
+            params: of this model.
+            length: learned tokens in each layer.
+
+        Raises:
+            ModelConfigError: the length is not positive.
+
+        Example:
+            >>> config = DecoderConfig(vocab_size=9, hidden_size=8, layers=2, heads=2, kv_heads=1, head_size=4,
+            ...                        mlp_size=16, positions=32)
+            >>> model, params = Decoder(config).with_adapter(Decoder(config).init(jax.random.key(0)), 10)
+            >>> params["layers"]["attention"]["adapter_prompt"].shape
+            (2, 10, 8)
+        """
+        if length < 1:
+            raise ModelConfigError(f"an adapter of {length} tokens learns nothing; use 1 or more")
+        model = dataclasses.replace(self, config=dataclasses.replace(self.config, adapter_length=length))
+        places, old = model.shapes()["layers"]["attention"], params["layers"]["attention"]
+        dtype = jax.tree.leaves(old)[0].dtype
+        new = {name: fill(places[name].shape, dtype) for name, fill in (
+            ("adapter_prompt", jnp.ones), ("adapter_gate", jnp.zeros))}
+        return model, {**params, "layers": {**params["layers"], "attention": {**old, **new}}}
 
     def empty_cache(self, batch: int, capacity: int, dtype: Any = None, whole: bool = False) -> Cache:
         """Return a cache for `apply`: `capacity` tokens for each of `batch` rows.

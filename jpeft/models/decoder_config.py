@@ -66,6 +66,7 @@ class DecoderConfig:
         pad_id: id of the padding token; None: there is none.
         task: "causal-lm"; "hidden", no head; "classification", a head on the last visible token.
         labels: classes of the classifier.
+        adapter_length: learned tokens that attention sees beside the text, behind a gate; 0: none.
 
     Raises:
         ModelConfigError: a value is out of its range, or not implemented.
@@ -119,6 +120,7 @@ class DecoderConfig:
     pad_id: int | None = None
     task: str = "causal-lm"
     labels: int = 0
+    adapter_length: int = 0
 
     def __post_init__(self) -> None:
         wrong = [f"{n} = {getattr(self, n)}, must be a positive integer" for n in _SIZES if getattr(self, n) < 1]
@@ -138,6 +140,8 @@ class DecoderConfig:
             wrong.append(f"experts_chosen = {self.experts_chosen}, must be in 1..{self.experts}")
         if self.experts and (self.mlp_bias or self.fused_mlp or not self.gated):
             wrong.append("experts are implemented with a gate and without biases or fused kernels only")
+        if self.adapter_length < 0:
+            wrong.append(f"adapter_length = {self.adapter_length}, must not be negative")
         if self.task == "classification" and self.labels < 1:
             wrong.append(f"labels = {self.labels}, must be positive for classification")
         if wrong:

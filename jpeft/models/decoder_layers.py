@@ -91,7 +91,7 @@ class Attention(Block):
     @nn.compact
     def __call__(self, x: jax.Array, here: Here, shared: Shared) -> tuple[jax.Array, Past]:
         c = self.config
-        query, key, value = self._projections(x)
+        (query, key, value), *learned = self._projections(x, *self._prompt())
         first: Sequence[jax.Array] = () if here.prefix is None else (here.prefix[0],)
         if c.qk_norm != "none":
             query, = self._normed("query_norm", query)
@@ -106,20 +106,42 @@ class Attention(Block):
             here = here._replace(before=(cast(Past, wide), *here.before))
         query, key, value = (checkpoint_name(one, name) for one, name in
                              ((query, "query"), (key, "key"), (value, "value")))
-        mixed = checkpoint_name(self._mix(query, key, value, here, shared), "attention_mix")
+        mixed = self._mix(query, key, value, here, shared)
+        for _, *pair in learned:
+            mixed = mixed + self._gated(query, pair, here)
+        mixed = checkpoint_name(mixed, "attention_mix")
         return self.dense(c.hidden_size, "out", c.out_bias, axis=(-2, -1))(mixed), (key, value)
 
-    def _projections(self, x: jax.Array) -> Sequence[jax.Array]:
+    def _projections(self, *xs: jax.Array) -> list[Sequence[jax.Array]]:
+        """Return the query, key and value of each input."""
         c = self.config
         h, k, d = c.heads, c.kv_heads, c.head_size
         if c.fused_qkv == "none":
-            return [self.dense((n, d), name, c.qkv_bias)(x) for n, name in ((h, "query"), (k, "key"), (k, "value"))]
+            own = [self.dense((n, d), name, c.qkv_bias) for n, name in ((h, "query"), (k, "key"), (k, "value"))]
+            return [[one(x) for one in own] for x in xs]
         if c.fused_qkv == "blocks":
-            whole = self.dense((h + 2 * k, d), "qkv", c.qkv_bias)(x)
-            return jnp.split(whole, (h, h + k), axis=-2)
+            whole = self.dense((h + 2 * k, d), "qkv", c.qkv_bias)
+            return [jnp.split(whole(x), (h, h + k), axis=-2) for x in xs]
         shape, axis = ((h, 3, d), -2) if c.fused_qkv == "heads" else ((3, h, d), -3)
-        whole = self.dense(shape, "qkv", c.qkv_bias)(x)
-        return [jnp.squeeze(one, axis) for one in jnp.split(whole, 3, axis)]
+        whole = self.dense(shape, "qkv", c.qkv_bias)
+        return [[jnp.squeeze(one, axis) for one in jnp.split(whole(x), 3, axis)] for x in xs]
+
+    def _prompt(self) -> list[jax.Array]:
+        """Return the learned tokens `[1, P, D]`, if there are any."""
+        c = self.config
+        if not c.adapter_length:
+            return []
+        prompt = self.param("adapter_prompt", nn.initializers.ones, (c.adapter_length, c.hidden_size), jnp.float32)
+        return [jnp.asarray(prompt, self.dtype)[None]]
+
+    def _gated(self, query: jax.Array, pair: Sequence[jax.Array], here: Here) -> jax.Array:
+        """`tanh(g) softmax(q K_P^T) V_P`, one g per head: what the learned tokens say, `[B, T, H, d]`."""
+        c = self.config
+        gate = jnp.tanh(self.param("adapter_gate", nn.initializers.zeros, (c.heads,), jnp.float32))
+        key, value = (jnp.broadcast_to(p.astype(query.dtype), (len(query), *p.shape[1:])) for p in pair)
+        said = attend(query, [Part(key, value)], scale=c.scale if here.scale is None else here.scale,
+                      cap=c.attention_cap)
+        return gate.astype(said.dtype)[:, None] * said
 
     def _normed(self, name: str, *xs: jax.Array) -> list[jax.Array]:
         norm = RmsNorm(self.config.norm_eps, self.config.norm_centred, self.dtype, name=name)
