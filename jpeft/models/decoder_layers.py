@@ -107,8 +107,8 @@ class Attention(Block):
         query, key, value = (checkpoint_name(one, name) for one, name in
                              ((query, "query"), (key, "key"), (value, "value")))
         mixed = self._mix(query, key, value, here, shared)
-        for _, *pair in learned:
-            mixed = mixed + self._gated(query, pair, here)
+        for _, *said in learned:
+            mixed = mixed + self._gated(query, said, here)
         mixed = checkpoint_name(mixed, "attention_mix")
         return self.dense(c.hidden_size, "out", c.out_bias, axis=(-2, -1))(mixed), (key, value)
 
