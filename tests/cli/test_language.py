@@ -238,7 +238,9 @@ def test_virtual_tokens_get_a_row_for_each_sequence(files: dict[str, Path], tmp_
     assert main(["train", str(files["pairs"]), "--set", rule, "--set", f"output={tmp_path}", "--set",
                  "data.max_length=32"]) == 0
     assert "one sequence a row, as virtual tokens stand before each" in capsys.readouterr().out
-    assert summary_of(tmp_path / "pairs").test["answers"] == 7
+    found = summary_of(tmp_path / "pairs")
+    assert found.test["answers"] == 7
+    assert any("not merged: PromptTuning" in note for note in found.notes)
 
 
 def test_last_stretch_of_learnt_tokens() -> None:

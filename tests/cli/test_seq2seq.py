@@ -103,6 +103,7 @@ def test_prefix_before_the_text(home: Path, first: Path) -> None:
     found = summary_of(home / "runs" / "prefix")
     assert found.trainable_parameters == 2 * 3 * 16
     assert found.test["answers"] == 5
+    assert any("not merged: PrefixTuning" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(("name", "settings", "said"), [

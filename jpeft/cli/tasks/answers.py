@@ -27,10 +27,11 @@ class Question(NamedTuple):
 
 
 class Writing(NamedTuple):
-    """A model that writes: its generator and the weights that it is called with."""
+    """A model that writes: its generator, the weights that it is called with, and what a reader must know of it."""
 
     generator: Generator
     weights: Any
+    notes: tuple[str, ...] = ()
 
 
 def plain(loaded: Loaded) -> Writing:
@@ -48,9 +49,10 @@ def trained(adapted: Adapted, like: Writing | None = None) -> Writing:
     loaded = adapted.loaded
     try:
         params = transform.merge(adapted.plan, adapted.trainable, adapted.frozen)
-    except NotMergeable:
+    except NotMergeable as error:
         apply = transform.adapt(loaded.model.apply, adapted.plan)
-        return Writing(_generator(loaded, apply), (adapted.trainable, adapted.frozen))
+        note = f"answers are written with the adapter beside the weights, not merged: {error}"
+        return Writing(_generator(loaded, apply), (adapted.trainable, adapted.frozen), (note,))
     return Writing((like or plain(loaded)).generator, params)
 
 

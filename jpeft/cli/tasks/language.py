@@ -92,7 +92,9 @@ class Language(Task):
         prompts = [question.prompt for question in questions]
         plain = answers.plain(loaded)
         before = answers.answers(plain, prompts, config) if compare else None
-        after = answers.answers(answers.trained(adapted, plain), prompts, config)
+        trained = answers.trained(adapted, plain)
+        after = answers.answers(trained, prompts, config)
+        tested = tested._replace(notes=(*tested.notes, *trained.notes))
         shown = answers.samples(loaded.tokenizer, questions, before or after, after, config.samples,
                                 f"{loaded.config.name}: answers before and after training")
         if not known:
@@ -112,9 +114,11 @@ class Language(Task):
 
     def predict(self, adapted: Adapted, texts: Sequence[str]) -> tuple[list[str], list[str]]:
         config = adapted.loaded.config.test.generate or GenerateConfig(max_new_tokens=NEW)
-        wrote = answers.answers(answers.trained(adapted), self.prompts(adapted.loaded, texts), config)
+        trained = answers.trained(adapted)
+        wrote = answers.answers(trained, self.prompts(adapted.loaded, texts), config)
         cut = sum(one.reason == "length" for one in wrote)
-        notes = [f"{cut} of {len(texts)} answers were ended after {config.max_new_tokens} tokens"] if cut else []
+        notes = [*trained.notes, *([f"{cut} of {len(texts)} answers were ended after {config.max_new_tokens} tokens"]
+                                   if cut else [])]
         return [f"{answers.shown(one.text)}\t{answers.shown(text)}" for one, text in
                 zip(wrote, texts, strict=True)], notes
 
