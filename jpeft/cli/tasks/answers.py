@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jpeft.cli.config import GenerateConfig
+from jpeft.cli.sections import GenerateConfig
 from jpeft.cli.tasks.base import Adapted, Apply, Loaded, Metrics
 from jpeft.core import transform
 from jpeft.errors import NotMergeable

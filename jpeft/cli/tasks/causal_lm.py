@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft.cli.config import GenerateConfig, JobConfig
+from jpeft.cli.config import JobConfig
 from jpeft.cli.datakinds import ChatData, PairsData, TextData
 from jpeft.cli.rules import to_methods
+from jpeft.cli.sections import GenerateConfig
 from jpeft.cli.tasks.answers import Question, decoded
 from jpeft.cli.tasks.base import SPLITS, Adapted, Loaded, Tested
 from jpeft.cli.tasks.language import Language

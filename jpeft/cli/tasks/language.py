@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jax
 
-from jpeft.cli.config import GenerateConfig, JobConfig
+from jpeft.cli.config import JobConfig
+from jpeft.cli.sections import GenerateConfig
 from jpeft.cli.tasks import answers
 from jpeft.cli.tasks.answers import Question
 from jpeft.cli.tasks.base import Adapted, Apply, Loaded, Metrics, Task, Tested
