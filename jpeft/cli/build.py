@@ -96,7 +96,7 @@ def training(loaded: Loaded, made: Epochs) -> Training:
     tx, schedule = optimizer(config, total, trainable, plan)
     apply = loaded.task.apply(loaded, plan)
     has_penalty = any(type(e.method).penalty is not Method.penalty for e in plan.entries)
-    loss = loaded.task.loss(apply, (lambda t, f: transform.penalty(plan, t, f)) if has_penalty else None)
+    loss = loaded.task.loss(loaded, apply, (lambda t, f: transform.penalty(plan, t, f)) if has_penalty else None)
     step = compiled_step(loss, tx, schedule=schedule)
     return Training(_state(config, trainable, tx), frozen, apply, step, total, tx)
 

@@ -19,14 +19,14 @@ from jpeft.cli import datakinds, yamlio
 from jpeft.cli.datakinds import Rows
 from jpeft.cli.fields import Section, Seed
 from jpeft.cli.rules import to_methods
-from jpeft.cli.sections import EPOCHS, ModelConfig, TestConfig, TrainConfig
+from jpeft.cli.sections import EPOCHS, OBJECTIVES, ModelConfig, ObjectiveConfig, TestConfig, TrainConfig
 from jpeft.errors import ConfigError, nearest
 from jpeft.methods import Full
 
 D = TypeVar("D", bound=Rows)
 S = TypeVar("S", bound=BaseModel)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_SECTIONS = ("data.", "model.", "train.", "test.")  # how a sentence about several fields begins
+_SECTIONS = ("data.", "model.", "train.", "test.", "objective.")  # how a sentence about several fields begins
 # What may differ between the two halves of a resumed run: where it lies and how often it is saved.
 _FREE = ("name", "output", "train.save_every", "train.keep")
 
@@ -41,6 +41,7 @@ class JobConfig(Section, Generic[D]):
         model: which model.
         data: which rows; its class follows from `model.task` and `data.format`.
         rules: pattern -> `{method: Name, field: value, ...}`, in order; the first that matches a leaf wins.
+        objective: the numbers of its loss, where that has some.
         train: how it trains.
         test: how it is tested.
     """
@@ -51,16 +52,26 @@ class JobConfig(Section, Generic[D]):
     model: ModelConfig
     data: D
     rules: dict[str, dict[str, Any]]
+    objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
     test: TestConfig = TestConfig()
 
     @pydantic.model_validator(mode="after")
     def _writes(self) -> JobConfig[D]:
-        if self.test.generate is not None and self.model.task == datakinds.CLASSIFICATION:
+        if self.test.generate is not None and self.model.task not in datakinds.WRITE:
             raise ValueError("test.generate is for models that write; drop it")
         if self.test.generate is not None and getattr(self.data, "learn", "assistant") == "all":
             raise ValueError("test.generate needs data.learn = assistant, to know where an answer begins; drop one of "
                              "the two")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _aims(self) -> JobConfig[D]:
+        known = OBJECTIVES[self.data.learns]
+        for name, value in self.objective:
+            if value is not None and name not in known:
+                raise ValueError(f"objective.{name} = {value!r} is none of this job's rows "
+                                 f"({', '.join(known) or 'their loss has no such numbers'}); drop it")
         return self
 
     @pydantic.field_validator("name")
@@ -156,6 +167,7 @@ def resolve(data: dict[str, Any], where: str) -> JobConfig:
         "name": job.name or Path(where).stem,
         "model": job.model.model_copy(update={"source": source}),
         "data": job.data.model_copy(update=job.data.gaps()),
+        "objective": job.objective.model_copy(update=job.objective.gaps(job.data.learns)),
         "train": job.train.model_copy(update={"learning_rate": float(rate), "epochs": epochs}),
     })
 

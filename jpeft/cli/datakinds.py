@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import pydantic
 from pydantic import Field
@@ -49,7 +49,10 @@ class Rows(Section):
         source: a file of rows: a path, or a source as of the model.
         sha256: of the wheel, for a `pypi:` source.
         seed: of the split. It is not the seed of the training, so that runs with other seeds see the same test.
+        learns: which fields of the section `objective` these rows are for; see `jpeft.cli.sections.OBJECTIVES`.
     """
+
+    learns: ClassVar[str] = ""
 
     source: str
     sha256: str | None = None
@@ -61,18 +64,26 @@ class Rows(Section):
         return {"source": absolute(self.source), **widths}
 
 
-class _Split(Rows):
-    """Rows of a table, divided at random.
+class _Shares(Rows):
+    """Rows that are divided at random.
 
     Attributes:
-        where: keep the rows in which these columns have these values.
         test: rows held out for the test: how many, or which share.
         validation: rows held out to choose the best step: how many, or which share of all.
     """
 
-    where: dict[str, Any] = Field(default_factory=dict)
     test: Share
     validation: Share = 0.05
+
+
+class _Split(_Shares):
+    """Rows of a table, divided at random.
+
+    Attributes:
+        where: keep the rows in which these columns have these values.
+    """
+
+    where: dict[str, Any] = Field(default_factory=dict)
 
 
 class DataConfig(_Split, _Bucketed):
@@ -112,6 +123,59 @@ class DataConfig(_Split, _Bucketed):
         return tuple(self.classes) if isinstance(self.classes, list) else tuple(map(str, range(self.classes)))
 
 
+class _Tags(_Shares, _Bucketed):
+    """Sentences of words with a tag each.
+
+    Attributes:
+        labels: names of the tags in the order of their numbers, as `[O, B-PER, I-PER]`.
+    """
+
+    labels: list[str]
+
+    @pydantic.field_validator("labels")
+    @classmethod
+    def _several(cls, value: list[str]) -> list[str]:
+        if len(value) < 2 or len(set(value)) != len(value):
+            raise ValueError("must be two or more different names")
+        if alone := [name for name in value if name.startswith("I-") and f"B-{name[2:]}" not in value]:
+            raise ValueError(f"has {alone[0]} and no B-{alone[0][2:]}, with which such an entity would begin; add it")
+        return value
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the classes of a token."""
+        return tuple(self.labels)
+
+
+class TagRows(_Tags):
+    """The same in a table.
+
+    Attributes:
+        source: a JSONL or Parquet file, whose values can be lists: a path, or a source as of the model.
+        format: `rows`.
+        tokens: column of the words: lists of strings.
+        tags: column of the tags: lists of names or numbers.
+    """
+
+    format: Literal["rows"]
+    tokens: str = "tokens"
+    tags: str = "tags"
+
+
+class TagText(_Tags):
+    """The same in a text file of one word a line, sentences apart by blank lines, as of the CoNLL tasks.
+
+    Attributes:
+        format: `conll`.
+        token: column of the words, counted from 0; from -1 backwards.
+        tag: column of the tags.
+    """
+
+    format: Literal["conll"]
+    token: int = 0
+    tag: int = -1
+
+
 class _Packed(Section):
     """How sequences of a causal language model become rows.
 
@@ -142,23 +206,31 @@ class ChatData(_Split, _Packed):
     learn: Literal["assistant", "all"] = "assistant"
 
 
-class _Pairs(_Split):
-    """Prompts and what should follow them.
+class Templates(_Split):
+    """Texts made of the columns of a table.
 
     Attributes:
-        prompt: template over columns, as `{question}`.
-        completion: template of what is to be learnt.
         names: column -> names that stand for the numbers 0, 1, ... in it.
         match: column -> regular expression: rows whose whole value it does not match are dropped, and counted; where it
             has a group, the value becomes what that holds.
         unique: columns: rows that equal an earlier one in all of them are dropped, and counted.
     """
 
-    prompt: str = "{prompt}"
-    completion: str = "{completion}"
     names: dict[str, list[str]] = Field(default_factory=dict)
     match: dict[str, str] = Field(default_factory=dict)
     unique: list[str] = Field(default_factory=list)
+
+
+class _Pairs(Templates):
+    """Prompts and what should follow them.
+
+    Attributes:
+        prompt: template over columns, as `{question}`.
+        completion: template of what is to be learnt.
+    """
+
+    prompt: str = "{prompt}"
+    completion: str = "{completion}"
 
 
 class PairsData(_Pairs, _Packed):
@@ -172,6 +244,54 @@ class PairsData(_Pairs, _Packed):
 
     format: Literal["pairs"]
     chat: bool = False
+
+
+class PreferenceData(Templates, _Packed):
+    """Prompts with a chosen and a rejected answer.
+
+    Attributes:
+        format: `preference`.
+        prompt: template over columns, as `{question}`.
+        chosen: template of the better answer.
+        rejected: template of the other one.
+        chat: as of `PairsData`.
+    """
+
+    learns: ClassVar[str] = "preference"
+
+    format: Literal["preference"]
+    prompt: str = "{prompt}"
+    chosen: str = "{chosen}"
+    rejected: str = "{rejected}"
+    chat: bool = False
+
+
+class EmbeddingData(Templates, _Bucketed):
+    """Texts that belong together.
+
+    Attributes:
+        source: a CSV, JSONL or Parquet file: a path, or a source as of the model.
+        anchor: template over columns, as `{question}`.
+        positive: template of the text that should be near.
+        negative: template of one that is alike and should not be near; null: the other rows' positives are enough.
+        score: column that says how alike anchor and positive are, for the rank correlation; null: there is none.
+        min_score: from which score on a row is a pair that is learnt, and that has to be found.
+    """
+
+    learns: ClassVar[str] = "contrastive"
+
+    anchor: str = "{anchor}"
+    positive: str = "{positive}"
+    negative: str | None = None
+    score: str | None = None
+    min_score: float | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _both(self) -> EmbeddingData:
+        if (self.score is None) != (self.min_score is None):
+            raise ValueError("data.score and data.min_score belong together: a row of a low score is no pair; set both, "
+                             "or neither")
+        return self
 
 
 class TextData(Rows):
@@ -230,9 +350,12 @@ class NamesData(Rows, _Bucketed):
 
 
 CLASSIFICATION = "classification"
+WRITE = ("causal-lm", "seq2seq")
 KINDS: Mapping[str, Mapping[str, type[Rows]]] = {
     CLASSIFICATION: {"": DataConfig},
-    "causal-lm": {"chat": ChatData, "pairs": PairsData, "text": TextData},
+    "token-classification": {"rows": TagRows, "conll": TagText},
+    "embedding": {"": EmbeddingData},
+    "causal-lm": {"chat": ChatData, "pairs": PairsData, "text": TextData, "preference": PreferenceData},
     "seq2seq": {"pairs": TargetsData, "names": NamesData},
 }
 
@@ -259,7 +382,7 @@ def kind(data: Mapping[str, Any]) -> type[Rows]:
         return next(iter(formats.values()))
     if "" in formats:
         if "format" in rows:
-            others = ", ".join(name for name in KINDS if name != task)
+            others = ", ".join(name for name, formats in KINDS.items() if "" not in formats)
             raise ConfigError(f"data.format = {rows['format']!r} is for the tasks {others}; set model.task to one of "
                               "them, or drop it")
         return formats[""]

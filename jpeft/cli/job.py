@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from jpeft.cli import build, runs
+from jpeft.cli import build, runs, tasks
 from jpeft.cli.build import Loaded, Training
 from jpeft.cli.config import JobConfig
 from jpeft.cli.progress import ProgressBar, StepTimes
@@ -53,7 +53,7 @@ class Compiled:
 
     def __call__(self, state: Any, frozen: Any, batch: Any) -> Any:
         """Run the program of the batch's width."""
-        return self._programs[batch["tokens"].shape[1]](state, frozen, batch)
+        return self._programs[batch["tokens"].shape[-1]](state, frozen, batch)
 
 
 def run(job: JobConfig, command: str, resume: bool, say: Say, console: Console) -> RunSummary | str:
@@ -115,13 +115,13 @@ def _train(loaded: Loaded, start: Training, compiled: Compiled, made: Epochs, da
     held = build.batches(job, data["validation"])
     every = t.eval_every or len(made)
     times = StepTimes()
-    tokens = None if task.monitor == "accuracy" else _tokens(loaded, made)
+    tokens = None if task.monitor == "accuracy" else made.per_batch()
     begin = time.perf_counter()
     try:
         result = fit(
             compiled, state, frozen, rows, total_steps=start.total_steps, eval_every=every,
             save_every=t.save_every or every, checkpoints=checkpoints,
-            evaluate=lambda trainable: task.evaluate(start.apply, trainable, frozen, build.once(held)),
+            evaluate=lambda trainable: task.evaluate(loaded, start.apply, trainable, frozen, build.once(held)),
             on_best=lambda trainable, _, n: store.save(folder / runs.ADAPTER, plan, trainable, frozen),
             hooks=(JsonLines(folder / runs.METRICS), ProgressBar(console, task.monitor, tokens), times),
             monitor=task.monitor, mode=task.mode)
@@ -163,18 +163,12 @@ def _summary(loaded: Loaded, start: Training, compiled: Compiled, result: FitRes
     median = statistics.median(steady) if steady else None
     return RunSummary(
         **fields, name=str(job.name), methods=runs.describe(job.rules), learning_rate=job.train.learning_rate or 0.0,
-        task=job.model.task, test=test.after, before=test.before, baseline=test.baseline,
+        task=tasks.name(job), test=test.after, before=test.before, baseline=test.baseline,
         adapter_bytes=(job.folder / runs.ADAPTER / "adapter.safetensors").stat().st_size,
         model_bytes=sum(int(np.asarray(x.nbytes)) for x in jax.tree.leaves(loaded.params)),
         ms_per_step=None if median is None else 1000 * median, temp_bytes=compiled.temp_bytes,
-        tokens_per_second=None if median is None else _tokens(loaded, made) / median,
+        tokens_per_second=None if median is None else made.per_batch() / median,
         compile_seconds=compiled.seconds, device=jax.devices()[0].device_kind)
-
-
-def _tokens(loaded: Loaded, made: Epochs) -> float:
-    """Return how many tokens a batch has on average, padding not counted."""
-    slots = loaded.task.sides * made.batch_size * sum(width for _, width in made.epoch(0))
-    return slots * (1 - made.waste()) / len(made)
 
 
 def evaluate_split(loaded: Loaded, adapted: Adapted, split: str) -> Tested:

@@ -78,7 +78,7 @@ def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN_OR_CONFIG", help="A run's folder, or its configuration.")],
     split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "test",
 ) -> None:
-    """Measure a run's adapter: loss and accuracy, or perplexity and right answers."""
+    """Measure a run's adapter: loss, and accuracy, F1, ranks, perplexity or right answers."""
     from jpeft.cli import build, job
     from jpeft.errors import nearest
 
@@ -95,10 +95,12 @@ def evaluate(
 def predict(
     run: Run,
     text: Annotated[list[str] | None, typer.Option(
-        "--text", help="A text to classify or to answer; may be given often.")] = None,
+        "--text", help="A text to classify, tag, answer or embed; may be given often.")] = None,
     file: Annotated[Path | None, typer.Option("--file", help="A file with a text on each line.")] = None,
+    out: Annotated[Path | None, typer.Option(
+        "--out", metavar="NPY", help="Of a model of embeddings: write the vectors of all texts to this file.")] = None,
 ) -> None:
-    """Print class, probability and text, or answer and text, separated by tabs, for each text."""
+    """Print class, probability and text, or answer and text, or words with tags, or similarities, for each text."""
     texts = list(text or [])
     if file is not None:
         try:
@@ -107,8 +109,17 @@ def predict(
             raise ConfigError(f"--file {file} cannot be read ({error}); give a text file in UTF-8") from error
     if not texts:
         raise ConfigError("there is nothing to predict; give --text or --file")
+    if out is not None and out.suffix != ".npy":
+        raise ConfigError(f"--out {out} must be a file that ends in .npy")
     adapted = _adapted(run)
-    lines, notes = adapted.loaded.task.predict(adapted, texts)
+    if out is not None:
+        import numpy as np
+
+        vectors, notes = adapted.loaded.task.vectors(adapted, texts)
+        np.save(out, vectors)
+        lines = [f"wrote {out}: {vectors.shape[0]} vectors of {vectors.shape[1]} numbers"]
+    else:
+        lines, notes = adapted.loaded.task.predict(adapted, texts)
     for line in lines:
         _say(line)
     for note in notes:

@@ -30,6 +30,8 @@ class ProgressBar(Hook):
         self._console = console
         self._quiet = quiet
         self._classifies = monitor == "accuracy"
+        self._metric = "accuracy" if monitor == "loss" else monitor  # the loss itself is shown anyway
+        self._name = "acc" if self._metric == "accuracy" else self._metric
         self._tokens = tokens
         self._recent: deque[tuple[float, float, float, float]] = deque(maxlen=WINDOW)
         self._started = time.perf_counter()
@@ -54,8 +56,8 @@ class ProgressBar(Hook):
 
     def evaluated(self, n: int, metrics: Mapping[str, float]) -> None:
         """Show an evaluation: in the bar, or as a line where there is none."""
-        name, value = ("acc", f"{metrics['accuracy']:.4f}") if self._classifies else (
-            "perplexity", f"{metrics['perplexity']:.3f}")
+        name, value = ("perplexity", f"{metrics['perplexity']:.3f}") if "perplexity" in metrics else (
+            self._name, f"{metrics[self._metric]:.4f}")
         self._bar.update(self._task, judged=f"val {name} {value}")
         if self._quiet:
             return

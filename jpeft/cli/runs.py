@@ -25,7 +25,7 @@ class RunSummary(report.Summary):
         name: of the run.
         methods: what trains, in words.
         learning_rate: its peak.
-        task: `model.task` of the job.
+        task: `model.task` of the job, or "preference".
         test: metrics on the test rows, with the adapter that is best on the validation rows.
         before: the same without an adapter; empty where there is nothing to compare with.
         baseline: what needs no model, such as the most frequent answer.

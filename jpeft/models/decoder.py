@@ -21,7 +21,7 @@ from jpeft.models.cache import Cache
 from jpeft.models.decoder_config import DecoderConfig
 from jpeft.models.decoder_layers import Block, Layer, Past, Shared, here, masks, tables
 from jpeft.models.layers import REMAT, check_pair, choose, stacked
-from jpeft.models.loss import chunked_cross_entropy
+from jpeft.models.loss import weighted_losses, weighted_mean
 from jpeft.models.model import Model, Params
 from jpeft.models.output import Output
 
@@ -78,9 +78,10 @@ class DecoderModule(Block):
         head = self._head(words)
         if labels is None:
             return Output(_capped(head(hidden), c.logit_cap), hidden, cache=cache)
-        loss = chunked_cross_entropy(hidden, head, *_targets(labels, label_weights, segment_ids, tokens.shape[1]),
-                                     soft_cap=c.logit_cap)
-        return Output(hidden=hidden, cache=cache, loss=loss)
+        losses, weights = weighted_losses(
+            hidden, head, *_targets(labels, label_weights, segment_ids, tokens.shape[1]), soft_cap=c.logit_cap)
+        return Output(hidden=hidden, cache=cache, loss=weighted_mean(losses, weights),
+                      log_probs=-jnp.sum(losses * weights, -1))
 
     def _head(self, words: nn.Embed) -> Callable[[jax.Array], jax.Array]:
         if self.config.tied:
@@ -219,7 +220,8 @@ class Decoder(Model):
             key: the key for dropout; None: no dropout.
 
         Returns:
-            `hidden` after the last norm, `logits` (None with labels), `loss` (with labels: the weighted mean), `cache`.
+            `hidden` after the last norm, `logits` (None with labels), `cache`, and with labels `loss` (the weighted
+            mean) and `log_probs` (the weighted sum over each row, of the opposite sign).
 
         Raises:
             ModelInputError: an argument does not fit the model or another argument.

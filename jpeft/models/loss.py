@@ -38,12 +38,36 @@ def chunked_cross_entropy(hidden: jax.Array, head: Head, labels: jax.Array, labe
         >>> bool(jnp.isclose(loss, jnp.log(4.0)))
         True
     """
+    losses, weights = weighted_losses(hidden, head, labels, label_weights, soft_cap=soft_cap, chunk=chunk)
+    return weighted_mean(losses, weights)
+
+
+def weighted_losses(hidden: jax.Array, head: Head, labels: jax.Array, label_weights: jax.Array | None = None, *,
+                    soft_cap: float | None = None, chunk: int = 1024) -> tuple[jax.Array, jax.Array]:
+    """Return the loss of every token and its weight, float32 `[B, T]` each.
+
+    Args and errors are those of `chunked_cross_entropy`.
+
+    Example:
+        >>> weighted_losses(jnp.ones((1, 2, 2)), jnp.zeros((2, 4)), jnp.asarray([[3, -1]]))[1].tolist()
+        [[1.0, 0.0]]
+    """
     losses = token_losses(hidden, head, labels, soft_cap=soft_cap, chunk=chunk)
     weights = (labels >= 0).astype(jnp.float32)
     if label_weights is not None:
         if jnp.shape(label_weights) != labels.shape:
             raise ModelInputError(f"label_weights has shape {jnp.shape(label_weights)}, must be {labels.shape}")
         weights = weights * jnp.asarray(label_weights, jnp.float32)
+    return losses, weights
+
+
+def weighted_mean(losses: jax.Array, weights: jax.Array) -> jax.Array:
+    """Return the mean of what weighs something; 0 if nothing does.
+
+    Example:
+        >>> float(weighted_mean(jnp.asarray([[2.0, 9.0]]), jnp.asarray([[1.0, 0.0]])))
+        2.0
+    """
     total = jnp.sum(weights)
     return jnp.sum(losses * weights) / jnp.where(total == 0, 1.0, total)
 

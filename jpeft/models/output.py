@@ -18,6 +18,7 @@ class Output(NamedTuple):
         pooled: first token after the pooler `[B, D]`, for plain hidden states of a model that has one.
         cache: keys and values of all tokens so far, of a language model that was given a cache.
         loss: mean cross-entropy over the labels, a scalar, where there were labels.
+        log_probs: of a decoder that was given labels, how probable those of each row are, `[B]`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -32,3 +33,4 @@ class Output(NamedTuple):
     pooled: jax.Array | None = None
     cache: Any = None
     loss: jax.Array | None = None
+    log_probs: jax.Array | None = None

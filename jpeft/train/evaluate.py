@@ -1,10 +1,10 @@
-"""Loss and accuracy, or perplexity, over a whole set."""
+"""Loss and what else judges a model, over a whole set: accuracy, perplexity, F1, ranks, preferences."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft.errors import BatchesError
-from jpeft.train.losses import Apply, Batch, logits_of, mean_and_count, sums
+from jpeft.train import objectives, tagging
+from jpeft.train.losses import Apply, Batch, logits_of, mean_and_count, ranked, sums
 
 
 def evaluate(apply_logits: Apply, trainable: Any, frozen: Any, batches: Iterable[Batch]) -> dict[str, float]:
@@ -112,6 +113,153 @@ def evaluate_lm(apply_loss: Apply, trainable: Any, frozen: Any, batches: Iterabl
     return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "count": count}
 
 
+def evaluate_tags(apply_logits: Apply, trainable: Any, frozen: Any, batches: Iterable[Batch],
+                  labels: Sequence[str]) -> dict[str, float]:
+    """Return the mean loss of all words that have a tag, how many tags are right, and the F1 of entities.
+
+    Args:
+        apply_logits: as of `jpeft.train.losses.token_classification`; it is called with `key=None`.
+        trainable: the trained parameters.
+        frozen: what goes with them.
+        batches: those of `jpeft.data.tags.TagBatches`.
+        labels: names of the tags; see `jpeft.train.tagging` for what is an entity.
+
+    Returns:
+        `{"loss", "accuracy", "count"}` of words, and `{"f1", "precision", "recall", "entities"}`.
+
+    Raises:
+        BatchesError: no word has a tag.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> batch = {"tokens": jnp.array([[1, 2, 0]]), "attention_mask": jnp.ones((1, 3), int),
+        ...          "labels": jnp.array([[1, -1, 0]]), "weights": jnp.array([[1.0, 0.0, 1.0]])}
+        >>> found = evaluate_tags(lambda t, f, tokens, mask, key=None: 9 * jnp.eye(3)[tokens], None, None, [batch],
+        ...                       ["O", "B-LOC", "I-LOC"])
+        >>> found["f1"], found["accuracy"], found["count"]
+        (1.0, 1.0, 2.0)
+    """
+    loss = correct = count = 0.0
+    right: list[list[str]] = []
+    given: list[list[str]] = []
+    for scores in _fetched(_tagged(apply_logits), trainable, frozen, batches):
+        loss, correct = loss + float(scores["loss"]), correct + float(scores["correct"])
+        count += float(scores["count"])
+        for gold, said, real in zip(scores["labels"], scores["said"], scores["real"], strict=True):
+            right.append([labels[n] for n in gold[real]])
+            given.append([labels[n] for n in said[real]])
+    if count == 0:
+        raise BatchesError("there are no words to evaluate on; give batches with labels whose weights are not 0")
+    return {"loss": loss / count, "accuracy": correct / count, "count": count, **tagging.f1(right, given)}
+
+
+def evaluate_embeddings(apply: Apply, trainable: Any, frozen: Any, batches: Iterable[Batch],
+                        temperature: float) -> Judged:
+    """Return how well anchors find their own positives among all positives and hard negatives of the set.
+
+    Args:
+        apply: as of `jpeft.train.losses.embedding`; it is called with `key=None`.
+        trainable: the trained parameters.
+        frozen: what goes with them.
+        batches: those of `jpeft.data.groups.GroupBatches`.
+        temperature: of the loss, which is the mean over rows of their loss within their batch.
+
+    Returns:
+        `{"loss", "recall_at_1", "mrr", "count"}`, with `spearman` of cosines and scores if the batches have `scores`:
+        the rank of a positive is the number of candidates at least as near as it is, itself included, and `mrr` the
+        mean of its inverse. `right` is which rows have rank 1.
+
+    Raises:
+        BatchesError: there are no pairs, or fewer than two rows with a score.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> batch = {"vectors": jnp.stack([jnp.eye(3), jnp.eye(3)], 1), "weights": jnp.ones(3)}
+        >>> evaluate_embeddings(lambda t, f, batch, key: batch["vectors"], None, None, [batch], 0.05).metrics["mrr"]
+        1.0
+    """
+    found = list(_fetched(_embedded(apply, temperature), trainable, frozen, batches))
+    if not sum(float(one["count"]) for one in found):
+        raise BatchesError("there are no pairs to evaluate on; give batches with rows whose weights are not 0")
+    count = sum(float(one["count"]) for one in found)
+    loss = sum(float(one["loss"]) * float(one["count"]) for one in found) / count
+    vectors, weights = (np.concatenate([one[name] for one in found]) for name in ("vectors", "weights"))
+    ranks = _ranks(vectors[weights > 0])
+    metrics = {"loss": loss, "recall_at_1": float((ranks == 1).mean()), "mrr": float((1 / ranks).mean()),
+               "count": count}
+    if "scores" in found[0]:
+        scores = np.concatenate([one["scores"] for one in found])
+        real = ~np.isnan(scores)
+        metrics["spearman"] = _spearman(scores[real], np.sum(vectors[real, 0] * vectors[real, 1], -1))
+    return Judged(metrics, ranks == 1)
+
+
+def evaluate_preferences(apply: Apply, reference: Callable[[Any, Batch], jax.Array], trainable: Any, frozen: Any,
+                         batches: Iterable[Batch], **options: Any) -> Judged:
+    """Return how far a model prefers the chosen answers, more than its reference does and on its own.
+
+    Args:
+        apply: as of `jpeft.train.losses.dpo`; it is called with `key=None`.
+        reference: as of `jpeft.train.losses.dpo`.
+        trainable: the trained parameters.
+        frozen: what goes with them.
+        batches: those of `jpeft.data.groups.GroupBatches`, with weights `[B, 2, T]`.
+        **options: as of `jpeft.train.objectives.preference`.
+
+    Returns:
+        `{"loss", "accuracy", "margin", "likelier", "likelier_before", "count"}`: the share of pairs whose margin is
+        above 0, the mean margin, the share whose chosen answer is more probable than the rejected one, and the same
+        under the reference. `right` is which margins are above 0.
+
+    Raises:
+        BatchesError: there are no pairs.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> batch = {"scores": jnp.array([[-1.0, -3.0]]), "weights": jnp.ones((1, 2, 4))}
+        >>> found = evaluate_preferences(lambda t, f, batch, key: batch["scores"], lambda f, batch: jnp.zeros((1, 2)),
+        ...                              None, None, [batch], beta=0.5)
+        >>> found.metrics["margin"], found.metrics["likelier"]
+        (1.0, 1.0)
+    """
+    found = list(_fetched(_compared(apply, reference), trainable, frozen, batches))
+    kept = [np.concatenate([one[name][one["real"]] for one in found] or [np.zeros((0, 2))])
+            for name in ("scores", "reference")]
+    mine, other = kept
+    if not len(mine):
+        raise BatchesError("there are no pairs to evaluate on; give batches with weights that are not 0")
+    made = objectives.preference(mine[:, 0], mine[:, 1], other[:, 0], other[:, 1], **options)
+    losses, margins = (np.asarray(x, np.float64) for x in made)
+    likelier, before = (float((scores[:, 0] > scores[:, 1]).mean()) for scores in kept)
+    return Judged({"loss": float(losses.mean()), "accuracy": float((margins > 0).mean()),
+                   "margin": float(margins.mean()), "likelier": likelier, "likelier_before": before,
+                   "count": float(len(mine))}, margins > 0)
+
+
+def _ranks(vectors: np.ndarray) -> np.ndarray:
+    """Return the rank of each row's positive among all candidates, from 1, int64 `[N]`."""
+    candidates = vectors[:, 1:].swapaxes(0, 1).reshape(-1, vectors.shape[-1]).T
+    ranks = []
+    for start in range(0, len(vectors), 512):
+        near = vectors[start:start + 512, 0] @ candidates
+        own = near[np.arange(len(near)), start + np.arange(len(near))]
+        ranks.append((near >= own[:, None]).sum(1))
+    return np.concatenate(ranks)
+
+
+def _spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the rank correlation; equal values share their mean rank. 0 if all of one side are equal."""
+    if len(a) < 2:
+        raise BatchesError(f"{len(a)} rows have a score, which have no order; give two or more")
+    ranks = []
+    for values in (a, b):
+        _, where, counts = np.unique(values, return_inverse=True, return_counts=True)
+        mean = np.cumsum(counts) - (counts - 1) / 2
+        ranks.append(mean[where] - mean[where].mean())
+    size = float(np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum()))
+    return float((ranks[0] * ranks[1]).sum()) / size if size else 0.0
+
+
 def _fetched(score: Any, trainable: Any, frozen: Any, batches: Iterable[Batch]) -> Iterator[Any]:
     """Yield the scores of each batch, fetched while the next one is computed."""
     waiting: Any = None
@@ -138,5 +286,36 @@ def _classified(apply: Apply) -> Any:
 def _language(apply: Apply) -> Any:
     def score(trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         return mean_and_count(apply, trainable, frozen, batch, None)
+
+    return jax.jit(score)
+
+
+@functools.lru_cache(maxsize=16)
+def _tagged(apply: Apply) -> Any:
+    def score(trainable: Any, frozen: Any, batch: Batch) -> dict[str, jax.Array]:
+        logits = logits_of(apply, trainable, frozen, batch, None)
+        loss, metrics = sums(logits, batch["labels"], batch["weights"])
+        return {"loss": loss, **metrics, "labels": batch["labels"], "said": jnp.argmax(logits, -1),
+                "real": batch["weights"] > 0}
+
+    return jax.jit(score)
+
+
+@functools.lru_cache(maxsize=16)
+def _embedded(apply: Apply, temperature: float) -> Any:
+    def score(trainable: Any, frozen: Any, batch: Batch) -> dict[str, jax.Array]:
+        vectors = objectives.unit(apply(trainable, frozen, batch, None))
+        loss, metrics = ranked(vectors, batch["weights"], temperature)
+        scores = {"scores": batch["scores"]} if "scores" in batch else {}
+        return {"loss": loss, "count": metrics["count"], "vectors": vectors, "weights": batch["weights"], **scores}
+
+    return jax.jit(score)
+
+
+@functools.lru_cache(maxsize=16)
+def _compared(apply: Apply, reference: Callable[[Any, Batch], jax.Array]) -> Any:
+    def score(trainable: Any, frozen: Any, batch: Batch) -> dict[str, jax.Array]:
+        return {"scores": apply(trainable, frozen, batch, None), "reference": reference(frozen, batch),
+                "real": jnp.any(batch["weights"] > 0, (1, 2))}
 
     return jax.jit(score)

@@ -22,6 +22,7 @@ from jpeft.train import metrics
 from jpeft.train.loop import FitResult
 from jpeft.train.memory import peak_memory
 
+JUDGES = ("f1", "mrr")  # metrics of evaluations that say more than the accuracy
 LARGE = 700.0  # the loss from which on a perplexity is no number
 
 
@@ -102,7 +103,7 @@ def summarise(
 
 
 def plot(source: str | os.PathLike[str] | Sequence[dict[str, Any]], png: str | os.PathLike[str]) -> Path:
-    """Draw the loss over the steps, of training and of evaluations, and beside it the accuracy or the perplexity.
+    """Draw the loss over the steps, of training and of evaluations, and beside it what judges the model.
 
     Args:
         source: a metrics.jsonl, or the `history` of a result.
@@ -126,7 +127,8 @@ def plot(source: str | os.PathLike[str] | Sequence[dict[str, Any]], png: str | o
         trained = [(n, math.exp(loss)) for n, loss in _series(rows, "loss") if loss < LARGE]
         _lines(right, "perplexity", trained, judged)
     else:
-        _lines(right, "accuracy", share, _series(rows, "eval/accuracy"))
+        name = next((name for name in JUDGES if _series(rows, f"eval/{name}")), "accuracy")
+        _lines(right, name, share if name == "accuracy" else [], _series(rows, f"eval/{name}"))
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
     _write(Path(png), image.getvalue())

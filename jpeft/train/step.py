@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,8 @@ def make_train_step(
         apply: what `jpeft.adapt` returned, or any function `(trainable, frozen, *args, **kwargs)`.
         loss_fn: `(model, batch, key) -> loss` or `(loss, metrics)`, scalars, where `model(*args, **kwargs)` is `apply`
             with the parameters in place. An adapted function gets `peft=jpeft.Call(key=key)` unless one is passed; the
-            regularisers of its methods are added to the loss, as the metric `penalty`.
+            regularisers of its methods are added to the loss, as the metric `penalty`; and `model.base(*args,
+            **kwargs)` is the model without its adapter, the reference of `jpeft.train.objectives.preference`.
         tx: the optimiser.
         schedule: the learning rate by step, for the metric `learning_rate`.
         accumulate: parts that each batch is worked through in, one after the other: the memory of one part. Part `i`
@@ -84,7 +86,13 @@ def make_train_step(
 
     def whole(trainable: Any, frozen: Any, batch: Any, key: jax.Array) -> Any:
         own = {} if plan is None else {"peft": Call(key=key)}
-        returned = loss_fn(lambda *args, **kwargs: apply(trainable, frozen, *args, **{**own, **kwargs}), batch, key)
+
+        def model(*args: Any, **kwargs: Any) -> Any:
+            return apply(trainable, frozen, *args, **{**own, **kwargs})
+
+        if plan is not None:
+            vars(model)["base"] = functools.partial(vars(apply)["apply"], transform.base(plan, frozen))
+        returned = loss_fn(model, batch, key)
         loss, metrics = _checked(returned if isinstance(returned, tuple) else (returned, {}))
         if plan is None or not regularised:
             return loss, metrics

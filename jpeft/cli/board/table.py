@@ -16,6 +16,7 @@ from jpeft.train.bootstrap import Gain, gain
 
 # The metric that a task is judged by is the first of these that its test has.
 METRICS: Mapping[str, tuple[str, bool]] = {  # name -> head of its column, and whether it is a share
+    "f1": ("F1", True), "recall_at_1": ("recall@1", True),
     "accuracy": ("test accuracy", True), "exact_match": ("exact match", True), "perplexity": ("perplexity", False)}
 SMALL, NEAR = 2.0, 0.01  # percent of the parameters; difference to the reference
 

@@ -111,12 +111,10 @@ class Task(abc.ABC):
     Attributes:
         monitor: the metric that says which evaluation is best.
         mode: whether more or less of it is better.
-        sides: arrays of tokens in a batch.
     """
 
     monitor: ClassVar[str]
     mode: ClassVar[Literal["max", "min"]]
-    sides: ClassVar[int] = 1
 
     @abc.abstractmethod
     def labels(self, job: JobConfig) -> int | None:
@@ -135,7 +133,7 @@ class Task(abc.ABC):
         """Return `(trainable, frozen, ..., key)` for training and evaluation; no plan: `frozen` are the params."""
 
     @abc.abstractmethod
-    def loss(self, apply: Apply, penalty: Penalty | None) -> LossFn:
+    def loss(self, loaded: Loaded, apply: Apply, penalty: Penalty | None) -> LossFn:
         """Return the loss of the training step."""
 
     @abc.abstractmethod
@@ -147,7 +145,7 @@ class Task(abc.ABC):
         """Return the batches of some rows; see `jpeft.data.batches.Batches`."""
 
     @abc.abstractmethod
-    def evaluate(self, apply: Apply, trainable: Any, frozen: Any, batches: Iterable[Any]) -> Metrics:
+    def evaluate(self, loaded: Loaded, apply: Apply, trainable: Any, frozen: Any, batches: Iterable[Any]) -> Metrics:
         """Return the metrics of some batches."""
 
     @abc.abstractmethod
@@ -161,6 +159,15 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def predict(self, adapted: Adapted, texts: Sequence[str]) -> tuple[list[str], list[str]]:
         """Return a line for each text, and notes."""
+
+    def vectors(self, adapted: Adapted, texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+        """Return a vector for each text, float32 `[N, D]`, and notes.
+
+        Raises:
+            ConfigError: the model makes none.
+        """
+        raise ConfigError(f"--out is for models of embeddings, and this one is for {adapted.loaded.config.model.task}; "
+                          "drop it")
 
     @abc.abstractmethod
     def headline(self, metrics: Mapping[str, float]) -> str:

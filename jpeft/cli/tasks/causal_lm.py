@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft.cli.config import JobConfig
-from jpeft.cli.datakinds import ChatData, PairsData, TextData
+from jpeft.cli.datakinds import ChatData, PairsData, PreferenceData, TextData
 from jpeft.cli.rules import to_methods
 from jpeft.cli.sections import GenerateConfig
 from jpeft.cli.tasks.answers import Question, decoded
@@ -58,7 +58,7 @@ class CausalLm(Language):
         packed = {"positions": ids, "segment_ids": ids} if packs(loaded.config) else {}
         return (ids,), {"attention_mask": ids, **packed, "labels": ids, "label_weights": weights}
 
-    def load_data(self, job: JobConfig, tokenizer: Tokenizer) -> dict[str, Part]:
+    def load_data(self, job: JobConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         if isinstance(job.data, TextData):
             return _texts(job.data, tokenizer)
         d: ChatData | PairsData = job.data
@@ -80,7 +80,7 @@ class CausalLm(Language):
         return {name: Part(made.take(part), known=known, notes=tuple(notes))
                 for name, part in zip(SPLITS, parts, strict=True)}
 
-    def batches(self, job: JobConfig, rows: Part, shuffle: bool) -> Packed | Padded:
+    def batches(self, job: JobConfig, rows: Any, shuffle: bool) -> Any:
         return self._batches(job, rows.sequences, shuffle)
 
     def _batches(self, job: JobConfig, sequences: Sequences, shuffle: bool = False) -> Packed | Padded:
@@ -89,7 +89,7 @@ class CausalLm(Language):
             return Packed(sequences, size, length, seed=job.seed, shuffle=shuffle)
         return Padded(sequences, size, (length,), seed=job.seed, shuffle=shuffle)
 
-    def told(self, job: JobConfig, data: Mapping[str, Part], made: Any) -> list[str]:
+    def told(self, job: JobConfig, data: Mapping[str, Any], made: Any) -> list[str]:
         counts = ", ".join(f"{len(part):,} {name}" for name, part in data.items())
         learnt = data["train"].sequences.learnt
         total = int(data["train"].sequences.lengths.sum())
@@ -104,7 +104,7 @@ class CausalLm(Language):
                          + (f" and lost their {side}" if cut else ""))
         return lines
 
-    def test(self, adapted: Adapted, rows: Part, compare: bool) -> Tested:
+    def test(self, adapted: Adapted, rows: Any, compare: bool) -> Tested:
         loaded = adapted.loaded
         job = loaded.config
         sets = {"": rows.sequences, **({} if rows.spoken is None else {"dialogue_": rows.spoken})}
@@ -120,7 +120,7 @@ class CausalLm(Language):
 
     def prompts(self, loaded: Loaded, texts: Sequence[str]) -> list[list[int]]:
         data, tokenizer = loaded.config.data, loaded.tokenizer
-        if isinstance(data, ChatData) or (isinstance(data, PairsData) and data.chat):
+        if isinstance(data, ChatData) or (isinstance(data, PairsData | PreferenceData) and data.chat):
             written = [tokenizer.chat([{"role": "user", "content": text}], True, default_system=data.default_system)
                        for text in texts]
             return [list(one.ids) for one in tokenizer.encode(written, special=False)]

@@ -72,10 +72,10 @@ class Classification(Task):
 
         return apply
 
-    def loss(self, apply: Apply, penalty: Penalty | None) -> LossFn:
+    def loss(self, loaded: Loaded, apply: Apply, penalty: Penalty | None) -> LossFn:
         return losses.classification(apply, penalty=penalty)
 
-    def load_data(self, job: JobConfig, tokenizer: Tokenizer) -> dict[str, Examples]:
+    def load_data(self, job: JobConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         d = job.data
         notes: list[str] = []
         table = _read(d, d.source, notes)
@@ -99,20 +99,20 @@ class Classification(Task):
         made = encode(tokenizer, table.column(d.text), table.column(d.label), classes=classes, max_length=d.max_length)
         return dataclasses.replace(made, notes=tuple(notes))
 
-    def batches(self, job: JobConfig, rows: Examples, shuffle: bool) -> Batches:
+    def batches(self, job: JobConfig, rows: Any, shuffle: bool) -> Any:
         return Batches(rows, job.train.batch_size, job.data.widths, seed=job.seed, shuffle=shuffle)
 
-    def evaluate(self, apply: Apply, trainable: Any, frozen: Any, batches: Iterable[Any]) -> Metrics:
+    def evaluate(self, loaded: Loaded, apply: Apply, trainable: Any, frozen: Any, batches: Iterable[Any]) -> Metrics:
         return evaluate(apply, trainable, frozen, batches)
 
-    def told(self, job: JobConfig, data: Mapping[str, Examples], made: Batches) -> list[str]:
+    def told(self, job: JobConfig, data: Mapping[str, Any], made: Any) -> list[str]:
         counts = ", ".join(f"{len(examples):,} {name}" for name, examples in data.items())
         cut = sum(examples.truncated for examples in data.values())
         said = f"{len(made):,} batches of {made.batch_size} an epoch, {made.waste():.0%} of them padding"
         long = f"truncated: {cut:,} texts are longer than data.max_length = {job.data.max_length} tokens"
         return [f"rows: {counts}; {said}", *data["train"].notes, *([long] if cut else [])]
 
-    def test(self, adapted: Adapted, rows: Examples, compare: bool) -> Tested:
+    def test(self, adapted: Adapted, rows: Any, compare: bool) -> Tested:
         made = self.batches(adapted.loaded.config, rows, False)
         batches = (made.make(0, i) for i in range(len(made)))
         found = judged(adapted.apply, adapted.trainable, adapted.frozen, batches)

@@ -58,10 +58,10 @@ class Language(Task):
 
         return apply
 
-    def loss(self, apply: Apply, penalty: Penalty | None) -> LossFn:
+    def loss(self, loaded: Loaded, apply: Apply, penalty: Penalty | None) -> LossFn:
         return losses.causal_lm(apply, penalty=penalty)
 
-    def evaluate(self, apply: Apply, trainable: Any, frozen: Any, batches: Iterable[Any]) -> Metrics:
+    def evaluate(self, loaded: Loaded, apply: Apply, trainable: Any, frozen: Any, batches: Iterable[Any]) -> Metrics:
         return evaluate_lm(apply, trainable, frozen, batches)
 
     def measured(self, adapted: Adapted, made: Any, compare: bool) -> tuple[Metrics, Metrics]:
@@ -71,10 +71,10 @@ class Language(Task):
         def batches() -> Iterable[Any]:
             return (made.make(0, i) for i in range(len(made)))
 
-        after = self.evaluate(adapted.apply, adapted.trainable, adapted.frozen, batches())
+        after = self.evaluate(loaded, adapted.apply, adapted.trainable, adapted.frozen, batches())
         if not compare:
             return after, {}
-        return after, self.evaluate(loaded.unadapted, None, loaded.params, batches())
+        return after, self.evaluate(loaded, loaded.unadapted, None, loaded.params, batches())
 
     def answered(self, adapted: Adapted, questions: Sequence[Question], known: Sequence[str], tested: Tested,
                  compare: bool) -> Tested:

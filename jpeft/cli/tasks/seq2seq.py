@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +46,6 @@ class Part:
 
 class Seq2Seq(Language):
     """A text for a text."""
-
-    sides: ClassVar[int] = 2
 
     def load(self, job: JobConfig) -> tuple[Any, Any, Tokenizer]:
         m = job.model
