@@ -289,8 +289,8 @@ class EmbeddingData(Templates, _Bucketed):
     @pydantic.model_validator(mode="after")
     def _both(self) -> EmbeddingData:
         if (self.score is None) != (self.min_score is None):
-            raise ValueError("data.score and data.min_score belong together: a row of a low score is no pair; set both, "
-                             "or neither")
+            raise ValueError("data.score and data.min_score belong together: a row of a low score is no pair; set "
+                             "both, or neither")
         return self
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -128,37 +129,39 @@ def encode_groups(tokenizer: Tokenizer, texts: Mapping[str, Sequence[str]], *, m
     return Groups(ids, cut, tokenizer.pad_id)
 
 
-def preferences(chosen: Sequences, rejected: Sequences) -> tuple[Groups, np.ndarray]:
+class Preferences(NamedTuple):
+    """Pairs of answers, and how many rows gave none: of which a side was dropped, and with the same answer twice."""
+
+    groups: Groups
+    dropped: int
+    same: int
+
+
+def preferences(chosen: Sequences, rejected: Sequences) -> Preferences:
     """Put prompts with a chosen and with a rejected answer together.
 
     Args:
         chosen: sequences of some rows, of which the answers are learnt.
         rejected: the same rows with the other answers.
 
-    Returns:
-        The pairs, and the numbers of their rows: those that neither side has dropped.
-
     Raises:
-        EmptyDataError: no row is on both sides.
-        DataError: a row has the same tokens on both sides, so that none of them is preferred.
+        EmptyDataError: no row has two different answers.
 
     Example:
         >>> def one(*ids):
         ...     return Sequences([np.array(ids, np.int32)], [np.float32([0, 1])], np.zeros(1, bool), 0)
-        >>> groups, rows = preferences(one(5, 6), one(5, 7))
-        >>> [side[0].tolist() for side in groups.ids], rows.tolist()
-        ([[5, 6], [5, 7]], [0])
+        >>> made = preferences(one(5, 6), one(5, 7))
+        >>> [side[0].tolist() for side in made.groups.ids], made.dropped, made.same
+        ([[5, 6], [5, 7]], 0, 0)
     """
-    both, left, right = np.intersect1d(chosen.rows, rejected.rows, return_indices=True)
-    if not len(both):
-        raise EmptyDataError("no row has both a chosen and a rejected answer; raise max_length")
-    parts = [chosen.take(left), rejected.take(right)]
-    for row, mine, other in zip(both, parts[0].ids, parts[1].ids, strict=True):
-        if np.array_equal(mine, other):
-            raise DataError(f"row {row} (counted from 0) has the same chosen and rejected answer, as far as max_length "
-                            "reaches; leave it out, or keep the end of long rows")
-    return Groups([part.ids for part in parts], parts[0].cut | parts[1].cut, chosen.pad_id,
-                  [part.weights for part in parts]), both
+    _, left, right = np.intersect1d(chosen.rows, rejected.rows, return_indices=True)
+    other = [not np.array_equal(chosen.ids[i], rejected.ids[j]) for i, j in zip(left, right, strict=True)]
+    if not any(other):
+        raise EmptyDataError(f"no row has a chosen and another rejected answer ({len(left)} have the same twice, as "
+                             "far as max_length reaches); name other columns, or raise max_length")
+    mine, theirs = chosen.take(left[other]), rejected.take(right[other])
+    made = Groups([mine.ids, theirs.ids], mine.cut | theirs.cut, chosen.pad_id, [mine.weights, theirs.weights])
+    return Preferences(made, len(chosen) + chosen.dropped - len(left), len(left) - len(made))
 
 
 class GroupBatches(Epochs):

@@ -91,7 +91,8 @@ class Bench:
             fitted = fit(
                 ready.compiled, start.state, start.frozen, rows, total_steps=start.total_steps,
                 eval_every=job.train.eval_every or len(made),
-                evaluate=lambda trainable: task.evaluate(loaded, start.apply, trainable, start.frozen, build.once(held)),
+                evaluate=lambda trainable: task.evaluate(loaded, start.apply, trainable, start.frozen,
+                                                         build.once(held)),
                 on_best=lambda trainable, metrics, n: best.update(theta=jax.tree.map(jnp.copy, trainable)),
                 hooks=(ProgressBar(self._console, task.monitor, quiet=True), times),
                 monitor=task.monitor, mode=task.mode)

@@ -191,7 +191,7 @@ def _numbers(table: Table, name: str) -> np.ndarray:
         except (TypeError, ValueError):
             number = float("nan")
         if not np.isfinite(number):
-            raise ColumnError(f"{table.where}: {name!r} of row {i} (counted from 0) is {value!r:.60}, expected a number; "
-                              "fill it in or leave the row out")
+            raise ColumnError(f"{table.where}: {name!r} of row {i} (counted from 0) is {value!r:.60}, expected a "
+                              "number; fill it in or leave the row out")
         found.append(number)
     return np.array(found, np.float32)

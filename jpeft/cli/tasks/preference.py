@@ -82,10 +82,10 @@ class Preference(CausalLm):
             sft.pairs(tokenizer, prompts, tables.fill(d, table, template), max_length=d.max_length, chat=d.chat,
                       default_system=d.default_system, keep=d.keep, on_long=d.on_long)
             for template in (d.chosen, d.rejected))
-        made, rows = preferences(chosen, rejected)
-        if dropped := len(table) - len(rows):
-            notes.append(f"dropped: nothing of an answer of {dropped:,} rows fits into data.max_length = "
-                         f"{d.max_length} tokens")
+        made, dropped, same = preferences(chosen, rejected)
+        notes += [f"dropped: nothing of an answer of {dropped:,} rows fits into data.max_length = {d.max_length} "
+                  "tokens"] * bool(dropped)
+        notes += [f"left out: {same:,} rows have the same answer twice, and none is the better"] * bool(same)
         parts = split(len(made), test=d.test, validation=d.validation, seed=d.seed)
         return {name: Part(made.take(part), tuple(notes)) for name, part in zip(SPLITS, parts, strict=True)}
 

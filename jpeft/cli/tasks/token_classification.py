@@ -93,8 +93,8 @@ class TokenClassification(Classification):
 
     def line(self, metrics: Mapping[str, float]) -> str:
         return (f"F1 {metrics['f1']:.4f} (precision {metrics['precision']:.4f}, recall {metrics['recall']:.4f}, "
-                f"{metrics['entities']:,.0f} entities), accuracy {metrics['accuracy']:.4f}, loss {metrics['loss']:.4f}, "
-                f"{metrics['count']:,.0f} words")
+                f"{metrics['entities']:,.0f} entities), accuracy {metrics['accuracy']:.4f}, loss "
+                f"{metrics['loss']:.4f}, {metrics['count']:,.0f} words")
 
     def result(self, summary: RunSummary) -> list[tuple[str, str]]:
         new = summary.test
