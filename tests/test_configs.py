@@ -12,13 +12,14 @@ pytest.importorskip("pydantic", reason="needs the packages of jpeft[train]")
 from cli import tinyjob
 from cli.tinyjob import Tiny
 
-from jpeft.cli import config, runs
+from jpeft.cli import config, runs, tasks
 from jpeft.cli.main import main
 from jpeft.cli.rules import to_methods
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.stem.startswith("compare_"))
-SMOL = [path for path in CONFIGS if path.stem.startswith("smollm2")]
+OBJECTIVES = {"minilm_ner": "token-classification", "minilm_embedding": "embedding", "smollm2_dpo": "preference"}
+SMOL = [path for path in CONFIGS if path.stem.startswith("smollm2") and path.stem not in OBJECTIVES]
 TRANSLIT = [path for path in CONFIGS if path.stem.startswith("translit")]
 QUICK = [path for path in CONFIGS if path.stem.startswith("quickstart")]
 METHODS = {"quickstart": "LoRA", "full": "Full", "head": "Full", "dora": "DoRA", "ia3": "IA3", "bitfit": "BitFit",
@@ -97,6 +98,23 @@ def test_the_same_names_are_held_out_in_pretraining_and_after() -> None:
     pretrain = next(job for job in jobs if job.name == "translit_pretrain")
     assert {job.model.source for job in jobs if job is not pretrain} == {
         str((Path(pretrain.output) / str(pretrain.name) / runs.MODEL).absolute())}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_jobs_of_other_objectives_are_there(name: str) -> None:
+    assert tasks.name(config.load(ROOT / "configs" / f"{name}.yaml")) == OBJECTIVES[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_other_objectives_run_for_two_steps(name: str, tmp_path: Path) -> None:
+    sets = ["train.steps=2", "train.epochs=null", "train.eval_every=2", "train.batch_size=2", "data.test=6",
+            "data.validation=6", f"output={tmp_path}"]
+    assert main(["train", str(ROOT / "configs" / f"{name}.yaml"), *(w for one in sets for w in ("--set", one))]) == 0
+    summary = runs.summary(tmp_path / name)
+    assert summary is not None
+    assert summary.task == OBJECTIVES[name]
+    assert summary.test["loss"] > 0
 
 
 @pytest.mark.slow

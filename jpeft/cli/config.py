@@ -70,8 +70,8 @@ class JobConfig(Section, Generic[D]):
         known = OBJECTIVES[self.data.learns]
         for name, value in self.objective:
             if value is not None and name not in known:
-                raise ValueError(f"objective.{name} = {value!r} is none of this job's rows "
-                                 f"({', '.join(known) or 'their loss has no such numbers'}); drop it")
+                raise ValueError(f"objective.{name} = {value!r} is not for the loss of these rows, which has "
+                                 f"{', '.join(known) or 'no such field'}; drop it")
         return self
 
     @pydantic.field_validator("name")

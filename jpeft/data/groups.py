@@ -214,5 +214,5 @@ class GroupBatches(Epochs):
 
     def _content(self) -> tuple[int, Iterable[np.ndarray]]:
         g = self.groups
-        scores = () if g.scores is None else (g.scores, np.float32([g.least]))
+        scores = () if g.scores is None else (g.scores, np.array([g.least], np.float32))
         return g.pad_id, (*scores, *(text for side in (*g.ids, *(g.weights or ())) for text in side))

@@ -225,15 +225,14 @@ def evaluate_preferences(apply: Apply, reference: Callable[[Any, Batch], jax.Arr
     found = list(_fetched(_compared(apply, reference), trainable, frozen, batches))
     kept = [np.concatenate([one[name][one["real"]] for one in found] or [np.zeros((0, 2))])
             for name in ("scores", "reference")]
-    mine, other = kept
-    if not len(mine):
+    if not len(kept[0]):
         raise BatchesError("there are no pairs to evaluate on; give batches with weights that are not 0")
-    made = objectives.preference(mine[:, 0], mine[:, 1], other[:, 0], other[:, 1], **options)
+    made = objectives.preference(*(jnp.asarray(side) for scores in kept for side in scores.T), **options)
     losses, margins = (np.asarray(x, np.float64) for x in made)
     likelier, before = (float((scores[:, 0] > scores[:, 1]).mean()) for scores in kept)
     return Judged({"loss": float(losses.mean()), "accuracy": float((margins > 0).mean()),
                    "margin": float(margins.mean()), "likelier": likelier, "likelier_before": before,
-                   "count": float(len(mine))}, margins > 0)
+                   "count": float(len(margins))}, margins > 0)
 
 
 def _ranks(vectors: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from jpeft.cli.fields import Positive, Section, Seed
 from jpeft.cli.rules import METHODS
 from jpeft.errors import ConfigError, nearest
 
-_TASK = ("model", "data", "train", "test")
+_TASK = ("model", "data", "objective", "train", "test")
 
 
 class EntryConfig(Section):
@@ -42,7 +42,7 @@ class BoardConfig(Section):
         results: file of the results; null: that of the configuration, with the suffix `.json`. Table and plot lie
             beside it.
         reference: the entry that the others are compared with.
-        tasks: name -> `model`, `data`, `train` and `test` as of a job.
+        tasks: name -> `model`, `data`, `objective`, `train` and `test` as of a job.
         rules: rules that come first in every entry, such as that of a new head.
         entries: name -> what trains.
         without: method -> why it has no entry.

@@ -75,14 +75,13 @@ class TokenClassification(Classification):
                              max_length=config.data.max_length)
         made = TagBatches(tagged, min(config.train.batch_size, len(texts)), config.data.widths)
         score = jax.jit(lambda t, f, tokens, mask, types: jnp.argmax(adapted.apply(t, f, tokens, mask, types), -1))
-        lines = [""] * len(texts)
+        lines, first = [""] * len(texts), tagged.places or []
         for i, (rows, _) in enumerate(made.epoch(0)):
             batch = made.make(0, i)
             said = np.asarray(score(adapted.trainable, adapted.frozen, batch["tokens"], batch["attention_mask"],
                                     batch.get("token_types")))
             for row, found in zip(rows, said, strict=False):
-                places = tagged.places[row]
-                tags = [config.data.names[found[place]] if place >= 0 else "?" for place in places]
+                tags = [config.data.names[found[place]] if place >= 0 else "?" for place in first[row]]
                 lines[row] = " ".join(f"{word}/{tag}" for word, tag in zip(words[row], tags, strict=True))
         notes = [f"{tagged.lost} words have no tag (?): texts are cut at {config.data.max_length} tokens, and the "
                  "tokenizer drops some words"] if tagged.lost else []
