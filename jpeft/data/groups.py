@@ -29,6 +29,7 @@ class Groups:
         weights: like ids, float32: how much each token is learnt; None: texts are read, not learnt.
         scores: how alike the first two texts of each row are, float32 `[N]`; None: all rows are pairs.
         least: rows of a lower score are no pairs, and weigh nothing.
+        notes: what a reader must know of where they came from, such as how many rows were left out.
 
     Example:
         >>> row = np.array([5, 6], np.int32)
@@ -43,6 +44,7 @@ class Groups:
     weights: list[list[np.ndarray]] | None = None
     scores: np.ndarray | None = None
     least: float = 0.0
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         sizes = [len(side) for side in (*self.ids, *(self.weights or ()), self.cut)]
@@ -81,8 +83,8 @@ class Groups:
         """
         some = numbers(indices, len(self))
         weights = None if self.weights is None else [[side[i] for i in some] for side in self.weights]
-        return Groups([[side[i] for i in some] for side in self.ids], self.cut[some], self.pad_id, weights,
-                      None if self.scores is None else self.scores[some], self.least)
+        return dataclasses.replace(self, ids=[[side[i] for i in some] for side in self.ids], cut=self.cut[some],
+                                   weights=weights, scores=None if self.scores is None else self.scores[some])
 
 
 def encode_groups(tokenizer: Tokenizer, texts: Mapping[str, Sequence[str]], *, max_length: int) -> Groups:

@@ -26,10 +26,10 @@ PAIRS = ("{{source: {home}/pairs.csv, anchor: 'the {{text}}', positive: '{{other
          "alike, min_score: 0.5, test: 16, validation: 16, max_length: 8, buckets: [8]}}")
 PREFERENCES = ("{{format: preference, source: {home}/answers.csv, prompt: 'the {{text}}', chosen: '{{good}}', "
                "rejected: '{{bad}}', chat: true, test: 10, validation: 8, max_length: 32}}")
-HEAD = "  classifier/.*: {method: Full}\n"
-JOBS = {"tags": ("token-classification", TAGS, HEAD), "conll": ("token-classification", CONLL, HEAD),
-        "pairs": ("embedding", PAIRS, ""), "answers": ("causal-lm", PREFERENCES, "")}
-STEPS = {"tags": 40, "conll": 1, "pairs": 30, "answers": 12}
+HEAD, WORDS = "  classifier/.*: {method: Full}\n", "  embeddings/word/embedding: {method: Full}\n"
+JOBS = {"tags": ("token-classification", TAGS, HEAD + WORDS), "conll": ("token-classification", CONLL, HEAD),
+        "pairs": ("embedding", PAIRS, WORDS), "answers": ("causal-lm", PREFERENCES, "")}
+STEPS = {"tags": 80, "conll": 1, "pairs": 60, "answers": 12}
 
 
 def sentence(draw: random.Random) -> tuple[list[str], list[str]]:
@@ -58,21 +58,20 @@ def home(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
         write.writerow(["text", "other", "wrong", "alike"])
         for i in range(96):
             one, two = draw.sample(GOOD if i % 2 else BAD, 2)
-            extra = " ".join(draw.sample(OTHER, 2))
-            write.writerow([f"{one} {extra}", f"{two} {extra}", f"{draw.choice(BAD if i % 2 else GOOD)} {extra}",
+            extra, wrong = (" ".join(draw.sample(OTHER, 2)) for _ in range(2))
+            write.writerow([f"{one} {extra}", f"{two} {extra}", f"{draw.choice(BAD if i % 2 else GOOD)} {wrong}",
                             [0.9, 0.7, 0.1][i % 3]])
     with open(folder / "answers.csv", "w", newline="", encoding="utf-8") as file:
         write = csv.writer(file)
         write.writerow(["text", "good", "bad"])
         for i in range(60):
-            write.writerow([" ".join([draw.choice(GOOD if i % 2 else BAD), *draw.sample(OTHER, 2)]),
-                            *(tinylm.ANSWERS if i % 2 == 0 else tinylm.ANSWERS[::-1])])
+            write.writerow([" ".join(draw.sample([*GOOD, *BAD, *OTHER], 3)), *tinylm.ANSWERS])
     for name, (task, data, head) in JOBS.items():
         model = lm.model if task == "causal-lm" else tiny.model
         (folder / f"{name}.yaml").write_text("\n".join([
             f"model: {{source: {model}, task: {task}}}", f"data: {data.format(home=folder)}",
             f"rules:\n{head}  all-linear: {{method: LoRA, rank: 2, alpha: 4}}",
-            f"train: {{steps: {STEPS[name]}, batch_size: 8, learning_rate: 2e-2, warmup: 0, eval_every: 20}}",
+            f"train: {{steps: {STEPS[name]}, batch_size: 8, learning_rate: 2e-2, warmup: 0, eval_every: 40}}",
             f"output: {folder / 'runs'}"]))
     return folder
 

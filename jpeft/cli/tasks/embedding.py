@@ -31,17 +31,6 @@ if TYPE_CHECKING:
     from jpeft.cli.runs import RunSummary
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """One split of the rows, and what was left out of all splits."""
-
-    groups: Groups
-    notes: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-
 class Embedding(Task):
     """A vector for each text."""
 
@@ -85,7 +74,7 @@ class Embedding(Task):
     def loss(self, loaded: Loaded, apply: Apply, penalty: Penalty | None) -> LossFn:
         return losses.embedding(apply, **loaded.config.objective.options("contrastive"), penalty=penalty)
 
-    def load_data(self, job: JobConfig, tokenizer: Tokenizer) -> dict[str, Part]:
+    def load_data(self, job: JobConfig, tokenizer: Tokenizer) -> dict[str, Groups]:
         d: EmbeddingData = job.data
         notes: list[str] = []
         table = tables.read(d, notes)
@@ -101,11 +90,10 @@ class Embedding(Task):
             raise EmptyDataError(f"no training row has a score of {d.min_score} or more; lower data.min_score")
         if low := len(found["train"]) - len(learnt):
             notes.append(f"left out: {low:,} training rows have a score below data.min_score = {d.min_score}")
-        return {name: Part(part.take(learnt) if name == "train" else part, tuple(notes)) for name, part in
-                found.items()}
+        return {**found, "train": dataclasses.replace(found["train"].take(learnt), notes=tuple(notes))}
 
-    def batches(self, job: JobConfig, rows: Part, shuffle: bool) -> GroupBatches:
-        return GroupBatches(rows.groups, job.train.batch_size, job.data.widths, seed=job.seed, shuffle=shuffle)
+    def batches(self, job: JobConfig, rows: Groups, shuffle: bool) -> GroupBatches:
+        return GroupBatches(rows, job.train.batch_size, job.data.widths, seed=job.seed, shuffle=shuffle)
 
     def evaluate(self, loaded: Loaded, apply: Apply, trainable: Any, frozen: Any, batches: Iterable[Any]) -> Metrics:
         return self._judged(loaded, apply, trainable, frozen, batches).metrics
@@ -113,15 +101,15 @@ class Embedding(Task):
     def _judged(self, loaded: Loaded, apply: Apply, trainable: Any, frozen: Any, batches: Iterable[Any]) -> Judged:
         return evaluate_embeddings(apply, trainable, frozen, batches, **loaded.config.objective.options("contrastive"))
 
-    def told(self, job: JobConfig, data: Mapping[str, Part], made: GroupBatches) -> list[str]:
+    def told(self, job: JobConfig, data: Mapping[str, Groups], made: GroupBatches) -> list[str]:
         counts = ", ".join(f"{len(part):,} {name}" for name, part in data.items())
-        cut = sum(part.groups.truncated for part in data.values())
+        cut = sum(part.truncated for part in data.values())
         return [f"rows: {counts}; {len(made):,} batches of {made.batch_size} x {made.sides} texts an epoch, "
                 f"{made.waste():.0%} of them padding", *data["train"].notes,
                 *([f"truncated: {cut:,} rows have a text longer than data.max_length = {job.data.max_length} tokens"]
                   if cut else [])]
 
-    def test(self, adapted: Adapted, rows: Part, compare: bool) -> Tested:
+    def test(self, adapted: Adapted, rows: Groups, compare: bool) -> Tested:
         loaded = adapted.loaded
         made = self.batches(loaded.config, rows, False)
 
@@ -130,7 +118,7 @@ class Embedding(Task):
 
         found = self._judged(loaded, adapted.apply, adapted.trainable, adapted.frozen, batches())
         order = np.concatenate([part for part, _ in made.epoch(0)])
-        order = order[rows.groups.pairs[order]]
+        order = order[rows.pairs[order]]
         hits = found.right[np.argsort(order)]
         before = self.evaluate(loaded, loaded.unadapted, None, loaded.params, batches()) if compare else {}
         return Tested(found.metrics, before, hits=hits)

@@ -31,17 +31,6 @@ if TYPE_CHECKING:
     from jpeft.cli.runs import RunSummary
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """One split of the rows, and what was left out of all splits."""
-
-    groups: Groups
-    notes: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-
 class Preference(CausalLm):
     """The better of two answers."""
 
@@ -87,10 +76,11 @@ class Preference(CausalLm):
                   "tokens"] * bool(dropped)
         notes += [f"left out: {same:,} rows have the same answer twice, and none is the better"] * bool(same)
         parts = split(len(made), test=d.test, validation=d.validation, seed=d.seed)
-        return {name: Part(made.take(part), tuple(notes)) for name, part in zip(SPLITS, parts, strict=True)}
+        made = dataclasses.replace(made, notes=tuple(notes))
+        return {name: made.take(part) for name, part in zip(SPLITS, parts, strict=True)}
 
     def batches(self, job: JobConfig, rows: Any, shuffle: bool) -> Any:
-        return GroupBatches(rows.groups, job.train.batch_size, (job.data.max_length,), seed=job.seed, shuffle=shuffle)
+        return GroupBatches(rows, job.train.batch_size, (job.data.max_length,), seed=job.seed, shuffle=shuffle)
 
     def evaluate(self, loaded: Loaded, apply: Apply, trainable: Any, frozen: Any, batches: Iterable[Any]) -> Metrics:
         return self._judged(loaded, apply, trainable, frozen, batches).metrics
@@ -101,7 +91,7 @@ class Preference(CausalLm):
 
     def told(self, job: JobConfig, data: Mapping[str, Any], made: Any) -> list[str]:
         counts = ", ".join(f"{len(part):,} {name}" for name, part in data.items())
-        cut = sum(part.groups.truncated for part in data.values())
+        cut = sum(part.truncated for part in data.values())
         side = "end" if job.data.keep == "start" else "start"
         return [f"pairs of answers: {counts}; {len(made):,} batches of {made.batch_size} x 2 x {job.data.max_length} "
                 f"tokens an epoch, {made.waste():.0%} of them padding", *data["train"].notes,
@@ -121,7 +111,7 @@ class Preference(CausalLm):
         if loaded.config.test.generate is None:
             return tested
         count = min(loaded.config.test.generate.rows, len(rows))
-        questions = [_question(loaded.tokenizer, rows.groups, i) for i in range(count)]
+        questions = [_question(loaded.tokenizer, rows, i) for i in range(count)]
         return self.answered(adapted, questions, (), tested, compare)
 
     def headline(self, metrics: Mapping[str, float]) -> str:
