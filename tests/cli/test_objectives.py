@@ -64,7 +64,7 @@ def home(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with open(folder / "answers.csv", "w", newline="", encoding="utf-8") as file:
         write = csv.writer(file)
         write.writerow(["text", "good", "bad"])
-        for i in range(60):
+        for _ in range(60):
             write.writerow([" ".join(draw.sample([*GOOD, *BAD, *OTHER], 3)), *tinylm.ANSWERS])
     for name, (task, data, head) in JOBS.items():
         model = lm.model if task == "causal-lm" else tiny.model
@@ -88,6 +88,7 @@ def summary_of(folder: Path) -> runs.RunSummary:
     return found
 
 
+@pytest.mark.slow
 def test_tags_are_learnt_evaluated_and_predicted(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = trained(home, "tags")
     found = summary_of(run)
@@ -115,6 +116,7 @@ def test_tags_in_columns_of_text_are_the_same_rows(home: Path) -> None:
             assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.slow
 def test_merged_tags(home: Path, tmp_path: Path) -> None:
     assert main(["merge", str(trained(home, "tags")), str(tmp_path / "merged")]) == 0
     model, params, tokenizer = jpeft.from_pretrained(tmp_path / "merged")
@@ -125,6 +127,7 @@ def test_merged_tags(home: Path, tmp_path: Path) -> None:
     assert said.tolist() == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_embeddings_are_learnt_evaluated_and_compared(home: Path, tmp_path: Path,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
     run = trained(home, "pairs")
@@ -155,6 +158,7 @@ def test_embeddings_are_learnt_evaluated_and_compared(home: Path, tmp_path: Path
     assert (tmp_path / "merged" / "1_Pooling" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_preferences_are_learnt_and_the_model_still_writes(home: Path, tmp_path: Path,
                                                            capsys: pytest.CaptureFixture[str]) -> None:
     run = trained(home, "answers")
@@ -192,6 +196,7 @@ def test_log_probs_of_preferences_are_those_of_the_logits(home: Path) -> None:
     np.testing.assert_allclose(scores, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_samples_of_a_model_of_preferences(home: Path, tmp_path: Path) -> None:
     sets = ["train.steps=1", "test={generate: {rows: 2, max_new_tokens: 2, samples: 2}}", f"output={tmp_path}"]
     assert main(["train", str(home / "answers.yaml"), *(w for one in sets for w in ("--set", one))]) == 0
@@ -240,6 +245,7 @@ def test_mistakes_are_one_line(home: Path, name: str, settings: list[str], said:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_vectors_are_of_embeddings_alone(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = trained(home, "tags")
     for words, said in ((["--out", "v.npy"], "is for models of embeddings, and this one is for token-classification"),

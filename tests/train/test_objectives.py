@@ -232,6 +232,7 @@ def test_dpo_in_a_training_step_needs_no_second_model() -> None:
     assert found[-1]["correct"] == found[-1]["count"] == B
 
 
+@pytest.mark.slow
 def test_the_reference_of_a_step_is_the_model_without_its_adapter() -> None:
     plan, trainable, frozen = setting()
     trainable, batch, tx = randomise(trainable, scale=0.1), preferences(), optax.sgd(0.1)
