@@ -246,7 +246,7 @@ def test_the_reference_of_a_step_is_the_model_without_its_adapter() -> None:
     step = jax.jit(make_train_step(jpeft.adapt(MODEL.apply, plan), loss_fn, tx))
     metrics = step(create(trainable, tx, KEY), frozen, (batch, base))[1]
     assert float(metrics["gap"]) <= 1e-5 * float(jnp.abs(base).max())
-    assert float(metrics["moved"]) > 1e-2 * float(jnp.abs(base).max())
+    assert float(metrics["moved"]) > 1e-3 * float(jnp.abs(base).max())
 
 
 @pytest.mark.slow
