@@ -104,7 +104,7 @@ def test_tags_are_learnt_evaluated_and_predicted(home: Path, capsys: pytest.Capt
     out, err = capsys.readouterr()
     said = out.splitlines()[0].split(" ")
     assert [said[0], said[1], said[4]] == ["the/O", "good/B-GOOD", "bad/B-BAD"]
-    assert [word.split("/")[0] for word in said] == "the good film is bad".split(" ")
+    assert [word.split("/")[0] for word in said] == ["the", "good", "film", "is", "bad"]
     assert out.splitlines()[1].count("film/?") == 2
     assert "2 words have no tag" in err
 
