@@ -215,7 +215,7 @@ def test_log_probs_of_preferences_are_those_of_the_logits(home: Path) -> None:
     ("tags", ["objective={beta: 0.2}"], "which has no such field"),
     ("conll", ["data.tag=3"], "has 3 columns"),
     ("conll", ["data.source={home}/ragged.conll"], "line 2 has 2 columns"),
-    ("conll", ["data.source={home}/nowhere.conll"], "there is no file"),
+    ("conll", ["data.source={home}/nowhere.conll"], "there is no"),
     ("pairs", ["data.anchor='{txet}'"], "has no column 'txet'; nearest: 'text'"),
     ("pairs", ["data.min_score=null"], "belong together"),
     ("pairs", ["data.score=text"], "expected a number"),
