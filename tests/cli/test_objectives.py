@@ -187,6 +187,7 @@ def test_preferences_are_learnt_and_the_model_still_writes(home: Path, tmp_path:
     assert "F1 " in table
 
 
+@pytest.mark.slow
 def test_log_probs_of_preferences_are_those_of_the_logits(home: Path) -> None:
     job = config.load(home / "answers.yaml")
     loaded = build.load_model(job)
