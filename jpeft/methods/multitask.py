@@ -63,6 +63,10 @@ class MultitaskPromptTuning(PromptTuning):
             raise MethodConfigError(f"MultitaskPromptTuning(num_tasks={self.num_tasks}, num_ranks={self.num_ranks}) "
                                     "has no factors; both must be positive")
 
+    @property
+    def tasks(self) -> int:
+        return self.num_tasks
+
     def init(self, key: jax.Array, site: Site, base: jax.Array) -> tuple[Theta, Theta]:
         theta, frozen = super().init(key, site, base)
         keys = jax.random.split(jax.random.fold_in(key, 1))
