@@ -71,6 +71,10 @@ def to_methods(rules: Rules, words: Words | None = None) -> dict[Pattern, Method
         if late:
             raise ConfigError(f"rules.{pattern} has {late[0]}, which acts from a token on that each call names "
                               "(jpeft.Call(lengths=...)), and a job's rows name none; use LoRA, or a loop of your own")
+        if method.tasks > 1:
+            raise ConfigError(f"rules.{pattern} has {method.tasks} tasks, of which each call names one "
+                              "(jpeft.Call(task=...)), and a job's rows name none; use num_tasks: 1, or a loop of your "
+                              "own")
     return found
 
 

@@ -67,6 +67,7 @@ def test_words_become_ids() -> None:
     ({**PROMPT, "init_labels": "yes"}, "init_labels = 'yes' must be true, or a list of names"),
     ({**PREFIX, "init_labels": True}, "rules.x.init_labels: PrefixTuning does not start from it"),
     ({**PREFIX, "init_weights": "text"}, "init_weights = 'text' says no text; write init_text"),
+    ({"method": "MultitaskPromptTuning", "num_tasks": 3}, "rules.x has 3 tasks, of which each call names one"),
     ({"method": "LoRA", "init_text": "a"}, "rules.x.init_text: LoRA does not start from it"),
 ])
 def test_words_that_start_nothing(rule: dict[str, Any], said: str) -> None:
