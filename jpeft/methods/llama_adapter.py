@@ -69,9 +69,11 @@ class LLaMAAdapter(Method):
         return True
 
     def check(self, site: Site) -> None:
-        if not jnp.issubdtype(site.dtype, jnp.floating):
-            raise MethodConfigError(f"LLaMAAdapter cannot train {site.path!r} of dtype {site.dtype}; name the places "
-                                    "that `model.with_adapter(params, length)` makes")
+        weight = site.use == "linear" and "adapter" not in site.path
+        if weight or not jnp.issubdtype(site.dtype, jnp.floating):
+            raise MethodConfigError(f"LLaMAAdapter cannot train {site.path!r}, a weight of dtype {site.dtype}, which "
+                                    "it would replace; name the places, '.*/adapter_(prompt|gate)', that `model."
+                                    "with_adapter(params, length)` or a job makes")
         if self.length is not None and site.path.endswith("adapter_prompt") and site.shape[-2] != self.length:
             raise MethodConfigError(f"LLaMAAdapter(length={self.length}) does not fit {site.path!r}, which has places "
                                     f"for {site.shape[-2]}; leave length out, or make the places with it")

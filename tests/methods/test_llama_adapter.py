@@ -104,6 +104,8 @@ def test_mistakes() -> None:
     made, wide = model().with_adapter(model().init(jax.random.key(0)), P)
     with pytest.raises(MethodConfigError, match=r"length=4.* has places for 3; leave length out"):
         jpeft.plan(made.apply, wide, (IDS,), {".*/adapter_(prompt|gate)": jpeft.LLaMAAdapter(length=4)})
+    with pytest.raises(MethodConfigError, match="'layers/attention/key/kernel', a weight of dtype float32, which it"):
+        jpeft.plan(made.apply, wide, (IDS,), {"attention": jpeft.LLaMAAdapter()})
     with pytest.raises(NoMatchError, match="adapter_"):
         jpeft.plan(model().apply, model().shapes(), (IDS,), RULES)
     with pytest.raises(ModelConfigError, match="learns nothing"):
