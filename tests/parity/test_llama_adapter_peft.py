@@ -32,7 +32,7 @@ def theirs(folder: Path, prompts: np.ndarray, gates: np.ndarray) -> tuple[np.nda
 
     config = peft.AdaptionPromptConfig(adapter_len=P, adapter_layers=LAST, task_type="CAUSAL_LM")
     model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(folder), config).eval()
-    held = [layer.self_attn for layer in model.base_model.model.layers[L - LAST:]]
+    held = [layer.self_attn for layer in model.base_model.model.model.layers[L - LAST:]]
     with torch.no_grad():
         for one, prompt, gate in zip(held, prompts, gates, strict=True):
             one.adaption_prompt.copy_(torch.tensor(prompt)[None])
