@@ -19,7 +19,15 @@ from jpeft.cli import datakinds, yamlio
 from jpeft.cli.datakinds import Rows
 from jpeft.cli.fields import Section, Seed
 from jpeft.cli.rules import to_methods
-from jpeft.cli.sections import EPOCHS, OBJECTIVES, ModelConfig, ObjectiveConfig, TestConfig, TrainConfig
+from jpeft.cli.sections import (
+    EPOCHS,
+    OBJECTIVES,
+    CalibrationConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    TestConfig,
+    TrainConfig,
+)
 from jpeft.errors import ConfigError, nearest
 from jpeft.methods import Full
 
@@ -44,6 +52,7 @@ class JobConfig(Section, Generic[D]):
         objective: the numbers of its loss, where that has some.
         train: how it trains.
         test: how it is tested.
+        calibration: rows for methods that start from data; null: no method does.
     """
 
     name: str | None = None
@@ -55,6 +64,7 @@ class JobConfig(Section, Generic[D]):
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
     test: TestConfig = TestConfig()
+    calibration: CalibrationConfig | None = None
 
     @pydantic.model_validator(mode="after")
     def _writes(self) -> JobConfig[D]:
@@ -160,6 +170,10 @@ def resolve(data: dict[str, Any], where: str) -> JobConfig:
     named = [m for m in methods.values() if not isinstance(m, Full)] or list(methods.values())
     if not named:
         raise ConfigError(f"{where}: 'rules' is empty; give a method to some leaves, as 'all-linear': {{method: LoRA}}")
+    reads = any(method.calibration & {"inputs", "gradient"} for method in methods.values())
+    if job.calibration is not None and not reads:
+        raise ConfigError(f"{where}: calibration is for methods that start from data, as {{method: LoRA, init_weights: "
+                          "eva}, and 'rules' has none; drop it")
     rate = job.train.learning_rate or named[0].recommended_lr
     epochs = job.train.epochs if job.train.steps else job.train.epochs or EPOCHS
     source = job.model.source if isinstance(job.model.source, dict) else datakinds.absolute(job.model.source)
@@ -168,6 +182,7 @@ def resolve(data: dict[str, Any], where: str) -> JobConfig:
         "model": job.model.model_copy(update={"source": source}),
         "data": job.data.model_copy(update=job.data.gaps()),
         "objective": job.objective.model_copy(update=job.objective.gaps(job.data.learns)),
+        "calibration": job.calibration or (CalibrationConfig() if reads else None),
         "train": job.train.model_copy(update={"learning_rate": float(rate), "epochs": epochs}),
     })
 

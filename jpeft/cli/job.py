@@ -83,7 +83,7 @@ def run(job: JobConfig, command: str, resume: bool, say: Say, console: Console) 
     made = build.batches(job, data["train"], shuffle=True)
     start = build.training(loaded, made)
     say(str(explain(plan)))
-    for note in (*loaded.model.notes, *loaded.task.told(job, data, made)):
+    for note in (*loaded.model.notes, *loaded.task.told(job, data, made), *start.notes):
         say(note)
     with console.status(f"compiling for batches of {', '.join(map(str, made.widths))} tokens"):
         compiled = Compiled(start.step, start.state, start.frozen, made)

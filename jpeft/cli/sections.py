@@ -139,6 +139,16 @@ class ObjectiveConfig(Section):
         return {name: getattr(self, name) for name in OBJECTIVES[learns]}
 
 
+class CalibrationConfig(Section):
+    """Rows for methods whose start depends on data (`init_weights: eva, corda, lora_ga`).
+
+    Attributes:
+        batches: how many batches of the first epoch they see.
+    """
+
+    batches: Count = 8
+
+
 class GenerateConfig(Section):
     """What the model writes in the final test, before and after training.
 

@@ -17,6 +17,7 @@ from jpeft.cli.tasks import tables
 from jpeft.cli.tasks.answers import Question, decoded
 from jpeft.cli.tasks.base import SPLITS, Adapted, Apply, Loaded, Metrics, Tested
 from jpeft.cli.tasks.causal_lm import CausalLm
+from jpeft.core.frozen import Frozen
 from jpeft.core.plan import Plan
 from jpeft.data import sft
 from jpeft.data.groups import GroupBatches, Groups, preferences
@@ -133,9 +134,9 @@ class Preference(CausalLm):
 
 @functools.lru_cache(maxsize=16)
 def _reference(unadapted: Apply) -> Callable[[Any, Batch], jax.Array]:
-    """Return the model without its adapter, on the params that are frozen: one function for each model."""
+    """Return the model without its adapter, on its params, frozen or plain: one function for each model."""
     def reference(frozen: Any, batch: Batch) -> jax.Array:
-        found: jax.Array = unadapted(None, frozen.base, batch)
+        found: jax.Array = unadapted(None, frozen.base if isinstance(frozen, Frozen) else frozen, batch)
         return found
 
     return reference
