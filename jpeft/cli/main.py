@@ -1,4 +1,4 @@
-"""The command line `jpeft`: train, eval, predict, generate, merge, explain, methods, compare, estimate."""
+"""The command line `jpeft`: train, launch, eval, predict, generate, merge, explain, methods, compare, estimate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ try:
 except ModuleNotFoundError as _error:
     raise SystemExit(f"error: the command line needs {_error.name}; pip install 'jpeft[train]'") from _error
 
-from jpeft.cli import estimate, generate
+from jpeft.cli import estimate, generate, launch
 from jpeft.errors import ConfigError, JpeftError, RunError
 
 app = typer.Typer(
@@ -129,6 +129,7 @@ def predict(
 
 generate.register(app)
 estimate.register(app)
+launch.register(app)
 
 
 @app.command(**_example("jpeft merge runs/quickstart merged"))
@@ -269,8 +270,17 @@ def main(args: Sequence[str] | None = None) -> int:
             tracebacks.print_exc()
         with contextlib.suppress(BrokenPipeError):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
+    except Exception:
+        if "--distributed" not in words:
+            raise
+        tracebacks.print_exc()
+    else:
+        return 0
+    if "--distributed" in words:
+        from jpeft.cli import meshes
+
+        meshes.leave(1)
+    return 1
 
 
 if __name__ == "__main__":
