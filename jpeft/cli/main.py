@@ -50,7 +50,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in its folder, if there is one.")] = False,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run's folder.")] = None,
     distributed: Annotated[bool, typer.Option(
-        "--distributed", help="As one of the processes of SLURM, Kubernetes, MPI, a TPU pod, or jpeft launch.")] = False,
+        "--distributed", help="As one of the processes of SLURM, Kubernetes, MPI, a TPU pod or jpeft launch.")] = False,
 ) -> None:
     """Train an adapter and test it."""
     if distributed:
@@ -146,12 +146,12 @@ def merge(
 
 
 def _adapted(run: Path) -> Any:
-    from jpeft.cli import build, runs
+    from jpeft.cli import build
 
-    folder = runs.find(run)
-    if not (folder / runs.ADAPTER).is_dir():
-        raise RunError(f"{folder} has no adapter yet; finish it with: jpeft train {folder / runs.CONFIG} --resume")
-    return build.load_adapter(build.load_model(runs.read(folder)), folder / runs.ADAPTER)
+    adapted, notes = build.trained(run)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    return adapted
 
 
 @app.command(**_example("jpeft explain configs/quickstart.yaml --set 'rules={attention: {method: DoRA, rank: 4}}'"))

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import pydantic
@@ -19,6 +19,10 @@ from jpeft.core.paths import flatten
 from jpeft.errors import ConfigError, RunError
 from jpeft.train.sharding import device_bytes, made_mesh
 
+if TYPE_CHECKING:
+    from jpeft.cli.config import JobConfig
+
+J = TypeVar("J", bound="JobConfig")
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 PROCESSES, PROCESS = "JPEFT_PROCESSES", "JPEFT_PROCESS"
 """Environment variables that `jpeft launch` sets, beside JAX's own JAX_COORDINATOR_ADDRESS."""
@@ -42,7 +46,7 @@ class MeshConfig(Section):
     tensor: Count | None = None
     sequence: Count | None = None
     expert: Count | None = None
-    rules: dict[str, list[str | list[str] | None]] = {}
+    rules: dict[str, list[str | list[str] | None]] = pydantic.Field(default_factory=dict)
 
     @pydantic.model_validator(mode="after")
     def _some(self) -> MeshConfig:
@@ -88,6 +92,14 @@ def made(config: MeshConfig | None) -> Mesh | None:
         raise ConfigError(f"{jax.process_count()} processes run a job without a mesh section, which says what each of "
                           f"them has; add --set mesh.data={jax.device_count()}")
     return None if config is None else made_mesh(config.axes)
+
+
+def here(job: J) -> tuple[J, tuple[str, ...]]:
+    """Return a job that the devices of this process are enough for, and a note where it is another one."""
+    if job.mesh is None or math.prod(job.mesh.axes.values()) <= jax.device_count():
+        return job, ()
+    return job.model_copy(update={"mesh": None}), (
+        f"the run's mesh, {words(job.mesh)}, has more devices than the {jax.device_count()} here: on one of them",)
 
 
 @contextlib.contextmanager
@@ -168,8 +180,8 @@ def told(mesh: Mesh, base: Any, state: Any, frozen: Any) -> list[str]:
 def moved(before: MeshConfig | None, now: MeshConfig | None) -> list[str]:
     """Say that a run goes on on another mesh than it began on."""
     old, new = (None if one is None else one.axes for one in (before, now))
-    return [] if old == new else [f"begun on {words(before)}, goes on on {words(now)}: sums are taken in another order, "
-                                  "so losses are the same to rounding, not bit by bit"]
+    return [] if old == new else [f"begun on {words(before)}, goes on on {words(now)}: sums are taken in another "
+                                  "order, so losses are the same to rounding, not bit by bit"]
 
 
 def held(base: Any, state: Any, frozen: Any) -> dict[str, tuple[int, int]]:

@@ -171,8 +171,8 @@ def test_one_of_them_is_killed(home: Path, alone: Path) -> None:
         time.sleep(0.01)
     os.kill(pids[1], signal.SIGKILL)
     _, err = ended(process, 1)
-    assert err.splitlines()[-1] == ("error: process 1 of 2 was ended by SIGKILL, and the others with it; go on from the "
-                                    "last checkpoint: the same command and --resume")
+    assert err.splitlines()[-1] == ("error: process 1 of 2 was ended by SIGKILL, and the others with it; go on from "
+                                    "the last checkpoint: the same command and --resume")
     assert runs.summary(folder) is None
     for pid in pids:
         with pytest.raises(ProcessLookupError):
@@ -265,3 +265,11 @@ def test_what_a_process_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_distributed_alone(home: Path, capsys: Any) -> None:
     assert main(["train", str(home / "job.yaml"), "--distributed"]) == 1
     assert "error: --distributed found no other processes (" in capsys.readouterr().err
+
+
+def test_a_run_is_read_where_there_are_fewer_devices(home: Path) -> None:
+    job = config.load(home / "job.yaml", ["mesh={tensor: 64}"])
+    fitting, notes = meshes.here(job)
+    assert fitting.mesh is None
+    assert notes == (f"the run's mesh, tensor=64, has more devices than the {jax.device_count()} here: on one of them",)
+    assert meshes.here(fitting) == (fitting, ())
