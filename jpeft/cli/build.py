@@ -103,7 +103,8 @@ def training(loaded: Loaded, made: Epochs) -> Training:
 
 def _fresh(loaded: Loaded, plan: Plan) -> Any:
     root = jax.random.key(loaded.config.seed)
-    return transform.init(plan, loaded.params, jax.random.fold_in(root, 0))
+    where = meshes.places(loaded.config.mesh, plan, loaded.params)
+    return transform.init(plan, loaded.params, jax.random.fold_in(root, 0), shardings=where)
 
 
 def _state(config: JobConfig, trainable: Any, tx: optax.GradientTransformation) -> TrainState:

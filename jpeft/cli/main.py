@@ -160,13 +160,11 @@ def explain(config: ConfigFile, settings: Settings = None) -> None:
     from jpeft.cli.config import load
 
     job = load(config, settings or [])
-    from jpeft.cli import build
+    from jpeft.cli import build, meshes
     from jpeft.core import explain as core
-    from jpeft.core.sharding import shardings
 
     loaded = build.load_model(job)
-    over = None if job.mesh is None else shardings(loaded.plan, loaded.params)
-    _say(str(core.explain(loaded.plan, shardings=over)))
+    _say(str(core.explain(loaded.plan, shardings=meshes.places(job.mesh, loaded.plan, loaded.params))))
     for note in loaded.model.notes:
         _say(note)
 

@@ -13,9 +13,11 @@ import jax
 import pydantic
 from jax.sharding import Mesh, PartitionSpec
 
-from jpeft.cli.fields import Count, Section
+from jpeft.cli.fields import Count, Section, Steps
 from jpeft.core import hosts
 from jpeft.core.paths import flatten
+from jpeft.core.plan import Plan
+from jpeft.core.sharding import SMALL, shardings
 from jpeft.errors import ConfigError, RunError
 from jpeft.train.sharding import device_bytes, made_mesh
 
@@ -39,6 +41,8 @@ class MeshConfig(Section):
         expert: experts.
         rules: path pattern -> mesh axes of each dim (an axis, a list of axes, or null), before the presets; the first
             that matches a leaf wins.
+        replicate_below: what trains is whole on every device where it has fewer bytes than these, and divided as the
+            leaf that it rides on otherwise.
     """
 
     data: Count | None = None
@@ -47,6 +51,7 @@ class MeshConfig(Section):
     sequence: Count | None = None
     expert: Count | None = None
     rules: dict[str, list[str | list[str] | None]] = pydantic.Field(default_factory=dict)
+    replicate_below: Steps = SMALL
 
     @pydantic.model_validator(mode="after")
     def _some(self) -> MeshConfig:
@@ -100,6 +105,11 @@ def here(job: J) -> tuple[J, tuple[str, ...]]:
         return job, ()
     return job.model_copy(update={"mesh": None}), (
         f"the run's mesh, {words(job.mesh)}, has more devices than the {jax.device_count()} here: on one of them",)
+
+
+def places(config: MeshConfig | None, plan: Plan, params: Any) -> Any:
+    """Return where an adapter lies, as of `jpeft.shardings`; None: on one device."""
+    return None if config is None else shardings(plan, params, replicate_below=config.replicate_below)
 
 
 @contextlib.contextmanager

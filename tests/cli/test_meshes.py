@@ -109,12 +109,12 @@ def ended(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
     return out, err
 
 
-FSDP = ("--set", "mesh={fsdp: 4, tensor: 2}")
+DIVIDED = ("--set", "mesh={fsdp: 4, tensor: 2, replicate_below: 0}")
 
 
 @pytest.fixture(scope="module")
 def four(home: Path) -> Path:
-    out, _ = ended(launched(4, 2, home, "--name", "four", *FSDP))
+    out, _ = ended(launched(4, 2, home, "--name", "four", *DIVIDED))
     assert "[0] mesh: fsdp=4, tensor=2: 8 devices of 4 processes" in out
     assert not re.search(r"^\[[1-3]\]", out, re.MULTILINE), "a process besides the first one prints"
     return home / "runs" / "four"
@@ -127,6 +127,7 @@ def test_four_processes_are_one_device(four: Path, alone: Path) -> None:
     found = runs.summary(four)
     assert found is not None
     assert (found.processes, found.mesh) == (4, {"fsdp": 4, "tensor": 2})
+    assert found.device_bytes["adapters"] < 4 * found.trainable_parameters
 
 
 @pytest.mark.slow
