@@ -290,8 +290,9 @@ def _orbax(folder: Path) -> Iterator[Any]:
     log.setLevel(logging.CRITICAL + 1)
     sys.unraisablehook = quiet
     try:
+        # Without times of the steps that are there, Orbax fails where processes are told to stop, and takes a difference.
         options = ocp.CheckpointManagerOptions(
-            enable_async_checkpointing=False, create=False, lightweight_initialize=True)
+            enable_async_checkpointing=False, create=False, lightweight_initialize=not hosts.several())
         with ocp.CheckpointManager(folder, options=options) as manager:
             yield manager
     except Exception:
