@@ -290,7 +290,7 @@ def _orbax(folder: Path) -> Iterator[Any]:
     log.setLevel(logging.CRITICAL + 1)
     sys.unraisablehook = quiet
     try:
-        # Without times of the steps that are there, Orbax fails where processes are told to stop, and takes a difference.
+        # Where processes are told to stop, Orbax needs the times of the steps that are there.
         options = ocp.CheckpointManagerOptions(
             enable_async_checkpointing=False, create=False, lightweight_initialize=not hosts.several())
         with ocp.CheckpointManager(folder, options=options) as manager:
