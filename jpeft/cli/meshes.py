@@ -127,7 +127,8 @@ def join() -> None:
         RunError: there is no such cluster, or the processes do not find each other.
     """
     count = os.environ.get(PROCESSES)
-    said = {} if count is None else {"num_processes": int(count), "process_id": int(os.environ[PROCESS])}
+    said: dict[str, Any] = {} if count is None else {
+        "num_processes": int(count), "process_id": int(os.environ[PROCESS])}
     try:
         jax.distributed.initialize(**said)
     except (ValueError, RuntimeError) as error:

@@ -85,7 +85,8 @@ def divide_rows(x: jax.Array) -> jax.Array:
         ...     print(jax.jit(divide_rows)(jnp.ones((2, 3))).shape)
         (2, 3)
     """
-    sizes, axes = _set_axes(x), ()
+    sizes = _set_axes(x)
+    axes: tuple[str, ...] = ()
     for axis in (a for a in ROWS if a in sizes):
         if x.shape[0] % math.prod(sizes[a] for a in (*axes, axis)) == 0:
             axes = (*axes, axis)
@@ -178,7 +179,8 @@ def of_arrays(plan: Plan, names: Sequence[str], leaves: Sequence[Any]) -> tuple[
 def mesh_of(tree: Any) -> Mesh | None:
     """Return the mesh of several devices that arrays lie on; None: they lie on one device, or on no mesh."""
     places = (leaf.sharding for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
-    return next((p.mesh for p in places if isinstance(p, NamedSharding) and p.mesh.size > 1), None)
+    meshes = (p.mesh for p in places if isinstance(p, NamedSharding))
+    return next((mesh for mesh in meshes if isinstance(mesh, Mesh) and mesh.size > 1), None)
 
 
 def put(x: np.ndarray, where: Sharding) -> jax.Array:
