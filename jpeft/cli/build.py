@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import optax
 
-from jpeft.cli import meshes, runs, tasks
+from jpeft.cli import calibrating, meshes, runs, tasks
 from jpeft.cli.config import JobConfig
-from jpeft.cli.rules import rates
+from jpeft.cli.rules import places, rates, to_methods
 from jpeft.cli.tasks.base import SPLITS, Adapted, Apply, Loaded
 from jpeft.core import store, transform
 from jpeft.core.method import Method
@@ -29,14 +29,17 @@ __all__ = ["SPLITS", "Adapted", "Loaded", "Training", "batches", "load_adapter",
 
 
 def load_model(config: JobConfig) -> Loaded:
-    """Read the model of a job, with the head of its task.
+    """Read the model of a job, with the head of its task and the places that its methods ask for.
 
     Raises:
         SourceError, CheckpointError, ModelConfigError: as of `jpeft.from_pretrained`.
         ConfigError: the job's texts are longer than the model takes.
     """
     task = tasks.of(config)
-    return Loaded(config, *task.load(config), task)
+    model, params, tokenizer = task.load(config)
+    if wanted := places(to_methods(config.rules)):
+        model, params = model.with_places(params, wanted)
+    return Loaded(config, model, params, tokenizer, task)
 
 
 def load_data(config: JobConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -69,6 +72,7 @@ class Training:
         step: the training step, compiled for every width of the batches when it is called.
         total_steps: of the whole run.
         tx: the optimiser.
+        notes: how it came about, a line each.
     """
 
     state: TrainState
@@ -77,10 +81,11 @@ class Training:
     step: Any
     total_steps: int
     tx: optax.GradientTransformation
+    notes: tuple[str, ...] = ()
 
-    def again(self, loaded: Loaded, plan: Plan) -> Training:
+    def again(self, loaded: Loaded, plan: Plan, made: Epochs) -> Training:
         """Return the start of a run of the same plan with another seed, which shares all programs with this one."""
-        trainable, frozen = _fresh(loaded, plan)
+        trainable, frozen, _ = _fresh(loaded, plan, made)
         return dataclasses.replace(self, state=_state(loaded.config, trainable, self.tx), frozen=frozen)
 
 
@@ -89,22 +94,24 @@ def training(loaded: Loaded, made: Epochs) -> Training:
 
     Raises:
         TrainConfigError: the optimiser's fields do not fit together.
+        ConfigError: as of `jpeft.cli.calibrating.calibration`.
     """
     config, plan = loaded.config, loaded.plan
-    trainable, frozen = _fresh(loaded, plan)
+    trainable, frozen, notes = _fresh(loaded, plan, made)
     total = config.train.total(len(made))
     tx, schedule = optimizer(config, total, trainable, plan)
     apply = loaded.task.apply(loaded, plan)
     has_penalty = any(type(e.method).penalty is not Method.penalty for e in plan.entries)
     loss = loaded.task.loss(apply, (lambda t, f: transform.penalty(plan, t, f)) if has_penalty else None)
     state = _state(config, trainable, tx)
-    return Training(state, frozen, apply, compiled_step(loss, tx, schedule=schedule, like=state), total, tx)
+    return Training(state, frozen, apply, compiled_step(loss, tx, schedule=schedule, like=state), total, tx, notes)
 
 
-def _fresh(loaded: Loaded, plan: Plan) -> Any:
+def _fresh(loaded: Loaded, plan: Plan, made: Epochs) -> tuple[Any, Any, tuple[str, ...]]:
     root = jax.random.key(loaded.config.seed)
+    data, notes = calibrating.calibration(loaded, plan, made)
     where = meshes.places(loaded.config.mesh, plan, loaded.params)
-    return transform.init(plan, loaded.params, jax.random.fold_in(root, 0), shardings=where)
+    return *transform.init(plan, loaded.params, jax.random.fold_in(root, 0), calibration=data, shardings=where), notes
 
 
 def _state(config: JobConfig, trainable: Any, tx: optax.GradientTransformation) -> TrainState:

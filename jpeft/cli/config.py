@@ -20,7 +20,7 @@ from jpeft.cli.datakinds import Rows
 from jpeft.cli.fields import Section, Seed
 from jpeft.cli.meshes import MeshConfig
 from jpeft.cli.rules import to_methods
-from jpeft.cli.sections import EPOCHS, ModelConfig, TestConfig, TrainConfig
+from jpeft.cli.sections import EPOCHS, CalibrationConfig, ModelConfig, TestConfig, TrainConfig
 from jpeft.errors import ConfigError, nearest
 from jpeft.methods import Full
 
@@ -45,6 +45,7 @@ class JobConfig(Section, Generic[D]):
         train: how it trains.
         test: how it is tested.
         mesh: the devices that it is divided over; null: it runs on one.
+        calibration: rows for methods that start from data; null: no method does.
     """
 
     name: str | None = None
@@ -56,6 +57,7 @@ class JobConfig(Section, Generic[D]):
     train: TrainConfig = TrainConfig()
     test: TestConfig = TestConfig()
     mesh: MeshConfig | None = None
+    calibration: CalibrationConfig | None = None
 
     @pydantic.model_validator(mode="after")
     def _writes(self) -> JobConfig[D]:
@@ -160,6 +162,10 @@ def resolve(data: dict[str, Any], where: str) -> JobConfig:
     named = [m for m in methods.values() if not isinstance(m, Full)] or list(methods.values())
     if not named:
         raise ConfigError(f"{where}: 'rules' is empty; give a method to some leaves, as 'all-linear': {{method: LoRA}}")
+    reads = any(method.calibration & {"inputs", "gradient"} for method in methods.values())
+    if job.calibration is not None and not reads:
+        raise ConfigError(f"{where}: calibration is for methods that start from data, as {{method: LoRA, init_weights: "
+                          "eva}, and 'rules' has none; drop it")
     rate = job.train.learning_rate or named[0].recommended_lr
     epochs = job.train.epochs if job.train.steps else job.train.epochs or EPOCHS
     source = job.model.source if isinstance(job.model.source, dict) else datakinds.absolute(job.model.source)
@@ -167,6 +173,7 @@ def resolve(data: dict[str, Any], where: str) -> JobConfig:
         "name": job.name or Path(where).stem,
         "model": job.model.model_copy(update={"source": source}),
         "data": job.data.model_copy(update=job.data.gaps()),
+        "calibration": job.calibration or (CalibrationConfig() if reads else None),
         "train": job.train.model_copy(update={"learning_rate": float(rate), "epochs": epochs}),
     })
 

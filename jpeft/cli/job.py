@@ -98,7 +98,7 @@ def _run(job: JobConfig, command: str, resume: bool, say: Say, console: Console,
     start = build.training(loaded, made)
     say(str(explain(plan, shardings=meshes.places(job.mesh, plan, loaded.params))))
     where = () if mesh is None else meshes.told(mesh, loaded.params, start.state, start.frozen)
-    for note in (*loaded.model.notes, *loaded.task.told(job, data, made), *where):
+    for note in (*loaded.model.notes, *loaded.task.told(job, data, made), *start.notes, *where):
         say(note)
     with console.status(f"compiling for batches of {', '.join(map(str, made.widths))} tokens"):
         compiled = Compiled(start.step, start.state, start.frozen, made)

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from jpeft.cli.rules import METHODS, to_methods, tokens_for
+from jpeft.cli.rules import METHODS, places, to_methods, tokens_for
 from jpeft.errors import ConfigError, nearest
 from jpeft.interop.published import PUBLISHED, published
 from jpeft.models.layers import REMAT
@@ -76,7 +76,7 @@ class Request:
         model = family.model(family.read(self.config, self.where, task=family.default), dtype=self.dtype,
                              remat=self.remat)
         methods = to_methods(self.rules)
-        return Job(model, methods, self.mesh, self.batch, self.length,
+        return Job(model.placed(places(methods)), methods, self.mesh, self.batch, self.length,
                    optimizer.Optimizer(self.optimizer, 1e-4), self.attention, tokens_for(methods, False))
 
 
@@ -173,6 +173,8 @@ def _usual(method: str) -> str:
         return ".*"
     if method == "PrefixTuning":
         return r".*/(key|value)/kernel"
+    if method == "LLaMAAdapter":
+        return r".*/adapter_(prompt|gate)"
     if method in ("Pfeiffer", "AdapterPlus", "Compacter", "LoReFT", "DiReFT"):
         return r".*/down/kernel"
     if method == "Houlsby":

@@ -9,8 +9,8 @@ import inspect
 import operator
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import pydantic
 
@@ -20,21 +20,37 @@ from jpeft.core.method import Method
 from jpeft.core.plan import Plan
 from jpeft.core.tokens import Tokens
 from jpeft.errors import ConfigError, nearest
-from jpeft.methods import Chain
+from jpeft.methods import Chain, PrefixTuning
 
 METHODS: dict[str, type[Any]] = {name: getattr(jpeft.methods, name) for name in jpeft.methods.__all__}
 BESIDE = ("layers", "learning_rate")  # keys of a rule that are no fields of its method
+WORDS = ("init_text", "init_labels")  # keys that a method of virtual tokens gets as ids
+Rules = Mapping[str, Mapping[str, Any]]
 
 
-def to_methods(rules: Mapping[str, Mapping[str, Any]]) -> dict[Pattern, Method]:
+class Words(NamedTuple):
+    """What the words of a rule become ids with.
+
+    Attributes:
+        encode: the ids of a text, without special tokens.
+        labels: names of the job's classes; None: it has none.
+    """
+
+    encode: Callable[[str], list[int]]
+    labels: tuple[str, ...] | None
+
+
+def to_methods(rules: Rules, words: Words | None = None) -> dict[Pattern, Method]:
     """Make the rules of `jpeft.plan` from plain data.
 
     A rule is `{method: Name, field: value, ...}`; `layers: [0, 1]` beside them limits it to some layers,
     `learning_rate: 1e-3` gives what it trains a rate of its own (see `rates`), and `{method: Chain, methods: [{method:
-    ...}, ...]}` puts several methods on one leaf.
+    ...}, ...]}` puts several methods on one leaf. Virtual tokens start from a text with `init_text: a text`, prompts
+    also from the names of classes, `init_labels: true` (those of the job) or `init_labels: [yes, no]`.
 
     Args:
         rules: pattern -> rule, in order.
+        words: what makes ids of texts and labels; None: they are checked, and stand for token 0.
 
     Raises:
         ConfigError: a method or a field is unknown, or a value is of the wrong kind or no learning rate.
@@ -48,17 +64,79 @@ def to_methods(rules: Mapping[str, Mapping[str, Any]]) -> dict[Pattern, Method]:
         rate = rule.get("learning_rate", 1.0)
         if type(rate) not in (int, float) or not 0 < rate < float("inf"):
             raise ConfigError(f"rules.{pattern}.learning_rate = {rate!r} must be a number above 0")
-    found = {_pattern(pattern, rule): _method(f"rules.{pattern}", {k: v for k, v in rule.items() if k not in BESIDE})
-             for pattern, rule in rules.items()}
+    found = {_pattern(pattern, rule): _method(f"rules.{pattern}", {k: v for k, v in rule.items() if k not in BESIDE},
+                                              words) for pattern, rule in rules.items()}
     for (pattern, method) in zip(rules, found.values(), strict=True):
         late = [type(part).__name__ for _, part in method.parts if part.goes_on]
         if late:
             raise ConfigError(f"rules.{pattern} has {late[0]}, which acts from a token on that each call names "
                               "(jpeft.Call(lengths=...)), and a job's rows name none; use LoRA, or a loop of your own")
+        if method.tasks > 1:
+            raise ConfigError(f"rules.{pattern} has {method.tasks} tasks, of which each call names one "
+                              "(jpeft.Call(task=...)), and a job's rows name none; use num_tasks: 1, or a loop of your "
+                              "own")
     return found
 
 
-def rates(rules: Mapping[str, Mapping[str, Any]], plan: Plan) -> dict[str, float]:
+def places(methods: Mapping[Pattern, Method]) -> dict[str, int]:
+    """Return what the methods ask of a model's configuration (`Method.places`).
+
+    Raises:
+        ConfigError: two of them ask for different things.
+
+    Example:
+        >>> places(to_methods({"adapter_.*": {"method": "LLaMAAdapter", "length": 4}}))
+        {'adapter_length': 4}
+    """
+    found: dict[str, int] = {}
+    for method in methods.values():
+        for name, value in method.places.items():
+            if found.setdefault(name, value) != value:
+                raise ConfigError(f"rules with {type(method).__name__} ask for {name} = {found[name]} and for {value}; "
+                                  "give them one length")
+    return found
+
+
+def read_first(rules: Rules) -> str | None:
+    """Return the text that prefixes start from; None: none does.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    found = {rule["init_text"] for _, rule in _each(rules) if "init_text" in rule and _reads(rule["method"])}
+    if len(found) > 1:
+        raise ConfigError(f"the prefixes of rules start from {len(found)} texts, {sorted(found)[0]!r} first; give them "
+                          "one init_text, as the model reads it once")
+    return found.pop() if found else None
+
+
+def worded(rules: Rules, words: Words) -> list[str]:
+    """Say where a text has not as many tokens as there are virtual ones."""
+    notes = []
+    for where, rule in _each(rules):
+        if "init_text" not in rule:
+            continue
+        count, length = len(words.encode(rule["init_text"])), rule.get("length", METHODS[rule["method"]].length)
+        if count != length:
+            notes.append(f"{where}.init_text has {count} tokens for {length} virtual ones: " + (
+                f"the first {length} are used" if count > length else "they are repeated"))
+    return notes
+
+
+def _each(rules: Rules) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield all rules, those inside a chain one by one, with their places."""
+    for pattern, rule in rules.items():
+        yield f"rules.{pattern}", rule
+        for i, part in enumerate(rule.get("methods", ())):
+            yield f"rules.{pattern}.methods.{i}", part
+
+
+def _reads(name: str) -> bool:
+    """Whether a method's text is one that the model reads before it, and no table of rows."""
+    return issubclass(METHODS[name], PrefixTuning)
+
+
+def rates(rules: Rules, plan: Plan) -> dict[str, float]:
     """Return the learning rates that checked rules set for themselves, by the path of each leaf that they took.
 
     Example:
@@ -98,7 +176,7 @@ def _pattern(pattern: str, rule: Mapping[str, Any]) -> str | Layers:
     return layers(pattern, which)
 
 
-def _method(where: str, rule: Any) -> Method:
+def _method(where: str, rule: Any, words: Words | None) -> Method:
     if not isinstance(rule, Mapping) or not isinstance(rule.get("method"), str):
         raise ConfigError(f"{where} = {rule!r} names no method; write {{method: LoRA, rank: 8}}")
     name = str(rule["method"])
@@ -107,8 +185,8 @@ def _method(where: str, rule: Any) -> Method:
         hint = nearest(folded.get(name.lower(), name), METHODS, 1)
         raise ConfigError(f"{where}.method = {name!r} is no method ({hint}); `jpeft methods` "
                           "lists them")
-    fields = {k: v for k, v in rule.items() if k != "method"}
     known = [f.name for f in dataclasses.fields(METHODS[name])]
+    fields = _spelt(where, name, {k: v for k, v in rule.items() if k != "method"}, known, words)
     for key in fields:
         if key not in known:
             hint = f"the nearest is {_full(where, key, [*known, *(one for one in BESIDE if one != key)])!r}"
@@ -117,7 +195,7 @@ def _method(where: str, rule: Any) -> Method:
         parts = fields.get("methods")
         if not isinstance(parts, list):
             raise ConfigError(f"{where}.methods must be a list of two or more rules, as [{{method: LoRA}}, ...]")
-        return Chain(methods=tuple(_method(f"{where}.methods.{i}", p) for i, p in enumerate(parts)))
+        return Chain(methods=tuple(_method(f"{where}.methods.{i}", p, words) for i, p in enumerate(parts)))
     try:
         checked = _fields(name).model_validate(fields)
     except pydantic.ValidationError as error:
@@ -127,6 +205,40 @@ def _method(where: str, rule: Any) -> Method:
         wanted = getattr(kinds, "__name__", None) if isinstance(kinds, type) else str(kinds)
         raise ConfigError(f"{where}.{key} = {fields[key]!r} must be {wanted}") from error
     return METHODS[name](**{k: getattr(checked, k) for k in fields})
+
+
+def _spelt(where: str, name: str, fields: dict[str, Any], known: list[str], words: Words | None) -> dict[str, Any]:
+    """Return the fields of a method with texts and labels as ids."""
+    given = [key for key in WORDS if key in fields]
+    if not given:
+        if fields.get("init_weights") == "text" and _reads(name):
+            raise ConfigError(f"{where}.init_weights = 'text' says no text; write init_text: ... in its place")
+        return fields
+    key = given[0]
+    if "init_ids" not in known and not (key == "init_text" and _reads(name)):
+        raise ConfigError(f"{where}.{key}: {name} does not start from it; use PromptTuning, or drop it")
+    if other := [one for one in (*given[1:], "init_weights", "init_ids") if one in fields]:
+        raise ConfigError(f"{where} has {key} and {other[0]}, which both say where it starts; drop one")
+    kind, value = key.removeprefix("init_"), fields.pop(key)
+    ids = _text_ids(where, value, words) if kind == "text" else _label_ids(where, value, words)
+    return {**fields, "init_weights": kind, **({"init_ids": ids} if "init_ids" in known else {})}
+
+
+def _text_ids(where: str, text: Any, words: Words | None) -> tuple[int, ...]:
+    if not isinstance(text, str) or not text.strip():
+        raise ConfigError(f"{where}.init_text = {text!r} must be a text")
+    return (0,) if words is None else tuple(words.encode(text))
+
+
+def _label_ids(where: str, labels: Any, words: Words | None) -> tuple[tuple[int, ...], ...]:
+    if labels is not True and not (isinstance(labels, list) and labels and all(isinstance(n, str) for n in labels)):
+        raise ConfigError(f"{where}.init_labels = {labels!r} must be true, or a list of names")
+    if words is None:
+        return ((0,),)
+    names = words.labels if labels is True else labels
+    if names is None:
+        raise ConfigError(f"{where}.init_labels = true, and this job has no classes; name them, as [yes, no]")
+    return tuple(tuple(words.encode(name)) for name in names)
 
 
 def _full(where: str, key: str, known: list[str]) -> str:

@@ -103,6 +103,16 @@ class TrainConfig(Section):
         return self.steps or (self.epochs or EPOCHS) * per_epoch
 
 
+class CalibrationConfig(Section):
+    """Rows for methods whose start depends on data (`init_weights: eva, corda, lora_ga`).
+
+    Attributes:
+        batches: how many batches of the first epoch they see.
+    """
+
+    batches: Count = 8
+
+
 class GenerateConfig(Section):
     """What the model writes in the final test, before and after training.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -23,7 +24,8 @@ from jpeft.errors import (
 Pattern = Any  # str | Callable[[str, Site], bool] | Layers
 
 _ATTENTION = re.compile(
-    r"(.*_)?(attn|attention|self_attn|selfattn|selfattention|self_attention|cross_attn|crossattention|cross_attention|"
+    r"(.*_)?(attn|attention|self_attn|selfattn|selfattention|self_attention|cross|cross_attn|crossattention|"
+    r"cross_attention|"
     r"encdecattention|multiheaddotproductattention|mha|query|key|value|qkv|q|k|v|o|q_proj|k_proj|v_proj|o_proj|"
     r"qkv_proj|c_attn|q_einsum|kv_einsum|attn_vec_einsum|wq|wk|wv|wo_attn|query_proj|key_proj|value_proj|output_proj|"
     r"out_proj)(_\d+)?")
@@ -31,6 +33,19 @@ _MLP = re.compile(
     r"(.*_)?(mlp|mlps|ffn|ff|feed_forward|feedforward|intermediate|moe|experts|fc|c_fc|fc1|fc2|fc_in|fc_out|"
     r"gate_proj|up_proj|down_proj|gate_up_proj|gate|up|down|wi|wi_0|wi_1|w1|w2|w3|dense_h_to_4h|dense_4h_to_h|"
     r"gating_einsum|linear_up|linear_down|densereludense|lin1|lin2)(_\d+)?")
+# What families of models call the parts of a layer: word -> (in attention, names).
+_PARTS: dict[str, tuple[bool, str]] = {
+    "query": (True, "query|q|q_proj|query_proj|q_lin|wq|q_einsum"),
+    "key": (True, "key|k|k_proj|key_proj|k_lin|wk"),
+    "value": (True, "value|v|v_proj|value_proj|v_lin|wv"),
+    "qkv": (True, "qkv|qkv_proj|c_attn|query_key_value|qkv_einsum"),
+    "attention-out": (True, "out|o|o_proj|out_proj|output_proj|out_lin|c_proj|wo|attn_vec_einsum"),
+    "gate": (False, "gate|gate_proj|linear_gate|wi_0|w1"),
+    "up": (False, "up|up_proj|linear_up|wi|wi_1|w3|fc1|fc_in|c_fc|lin1|dense_h_to_4h"),
+    "gate-up": (False, "gate_up|gate_up_proj|gating_einsum"),
+    "down": (False, "down|down_proj|linear_down|wo|w2|fc2|fc_out|c_proj|lin2|dense_4h_to_h"),
+}
+_FUSED = {"query": "qkv", "key": "qkv", "value": "qkv", "gate": "gate-up", "up": "gate-up"}
 _HEAD = re.compile(r"lm_head|output_projection|embed_out")
 
 
@@ -46,6 +61,11 @@ def _attention(site: Site) -> bool:
     return _linear(site) and any(_ATTENTION.fullmatch(s) for s in _segments(site.path))
 
 
+def _part(word: str, site: Site) -> bool:
+    inside, known = _PARTS[word]
+    return _linear(site) and _attention(site) == inside and any(re.fullmatch(known, s) for s in _segments(site.path))
+
+
 WORDS: dict[str, Callable[[Site], bool]] = {
     "all-linear": lambda s: _linear(s) and not any(_HEAD.fullmatch(p) for p in _segments(s.path)),
     "attention": _attention,
@@ -54,6 +74,7 @@ WORDS: dict[str, Callable[[Site], bool]] = {
     "conv": lambda s: s.use == "conv",
     "bias": lambda s: s.use == "bias",
     "norm": lambda s: s.use == "scale",
+    **{word: functools.partial(_part, word) for word in _PARTS},
 }
 
 
@@ -87,7 +108,7 @@ def layers(pattern: Pattern, which: Iterable[int]) -> Layers:
 
 def _hits(pattern: Pattern, sites: Mapping[str, Site]) -> list[str]:
     if isinstance(pattern, str):
-        if pattern in WORDS:
+        if pattern in WORDS and pattern not in sites:  # a leaf of that very name comes first
             found = [p for p, s in sites.items() if WORDS[pattern](s)]
             if pattern == "norm":
                 homes = {p.rpartition("/")[0] for p in found}
@@ -137,6 +158,10 @@ def find(pattern: Pattern, sites: Mapping[str, Site], what: str) -> dict[str, tu
     if not hits:
         hint = nearest(inner, [*sites, *WORDS]) if isinstance(inner, str) and inner not in WORDS else \
             "uses found: " + ", ".join(sorted({f"{s.use}" for s in sites.values()}))
+        if isinstance(inner, str) and inner in _PARTS:
+            fused = _FUSED.get(inner, "")
+            hint = f"here it is a part of the word {fused!r}" if fused and _hits(fused, sites) else \
+                "contraction weights: " + nearest(inner, [p for p, s in sites.items() if _linear(s)])
         raise NoMatchError(f"{what} {_name(pattern)} matches none of the {len(sites)} leaves; {hint}")
     return hits
 

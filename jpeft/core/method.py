@@ -122,6 +122,16 @@ class Method:
         """True if `build` returns a plain array: such a leaf needs no rule in the engine, whatever its use."""
         return False
 
+    @property
+    def tasks(self) -> int:
+        """Number of tasks that `Call(task=...)` chooses from; 0 for most methods, which have no tasks."""
+        return 0
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Fields of the configuration of a zoo model that make the leaves which the method trains; {}: it has them."""
+        return {}
+
     def check(self, site: Site) -> None:
         """Raise `MethodConfigError` if the fields do not fit the site (rank larger than the kernel, ...)."""
 

@@ -52,7 +52,8 @@ def plan(apply: Apply, params: Any, example_args: Sequence[Any], rules: Mapping[
         rules: ordered mapping pattern -> method; the first match wins. A pattern is a regular expression that must
             match a whole path `a/b/c`, a predicate `(path, site) -> bool`, `jpeft.layers(pattern, range)`, or a word:
             `"all-linear"` (every contraction weight but the output head), `"attention"`, `"mlp"`, `"embedding"`,
-            `"conv"`, `"bias"`, `"norm"`.
+            `"conv"`, `"bias"`, `"norm"`; or one that names a part of a layer as most families do: `"query"`, `"key"`,
+            `"value"`, `"qkv"`, `"attention-out"`, `"gate"`, `"up"`, `"gate-up"`, `"down"`.
         example_kwargs: keyword arguments of the example call.
         uses: further `(apply, args[, kwargs])` of the same params, whose roles are added.
         exclude: patterns of leaves that no rule may take.

@@ -31,6 +31,13 @@ class _Notes:
     bias: str | None = None
     groups: int = 1
     vector: frozenset[int] | None = None
+    seen: frozenset[int] = frozenset()
+
+    def saw(self, dims: Sequence[frozenset[int]]) -> None:
+        """Note the dims that an operation which is no contraction reads together: the first, and all of them."""
+        whole = frozenset[int]().union(*dims)
+        self.vector = whole if self.vector is None else self.vector
+        self.seen |= whole
 
 
 class _Watch:
@@ -67,8 +74,7 @@ class _Watch:
             notes = self.notes[origin.path]
             notes.others.setdefault(kind, set()).add(where)
             notes.consumers[where] = None
-            if notes.vector is None:
-                notes.vector = frozenset().union(*origin.dims) if origin.dims else frozenset()
+            notes.saw(origin.dims)
             if problem:
                 notes.problems[where] = None
 
@@ -94,8 +100,7 @@ class _Watch:
                 self.notes[path].bias = bias
         notes = self.notes[bias]
         notes.others.setdefault("bias", set()).add("bias")
-        if notes.vector is None:
-            notes.vector = frozenset().union(*dims) if dims else frozenset()
+        notes.saw(dims)
         return True
 
     def _units(self, path: str) -> int:
@@ -134,6 +139,8 @@ def _site(path: str, leaf: Any, notes: _Notes) -> Site:
         seen = notes.vector if notes.vector is not None else frozenset(range(len(shape)))
         outs = tuple(d for d in range(len(shape)) if d in seen or shape[d] == 1)
         stack = tuple(d for d in range(len(shape)) if d not in outs)
+    elif use == "other" and not notes.contracted:
+        stack = tuple(d for d in range(len(shape)) if d not in notes.seen and shape[d] > 1)
     problems = tuple(notes.problems) if kind is not None or use == "other" else ()
     return Site(path, shape, dtype, use, ins, outs, stack, sum(notes.rows.values()), notes.bias, notes.groups,
                 tuple(notes.consumers), problems)

@@ -153,6 +153,9 @@ def save_pretrained(
         OSError: the folder cannot be written.
     """
     home = Path(folder)
+    if getattr(model.config, "adapter_length", 0):
+        raise CheckpointError("this model has places for LLaMAAdapter, which no Hugging Face checkpoint holds; keep "
+                              "the adapter as jpeft.save (or a run) wrote it, beside the model without them")
     raw, family = _written_config(model, params, labels)
     infos, make = unload(params, family.names(model.config), model.shapes())
     home.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,10 @@ class ALoRA(Method):
 
     The plan needs `jpeft.Tokens`, which says where the token axis is, and a call `jpeft.Call(lengths=l)`, l `[B]`: how
     many tokens of each row come before the invocation; `invocation` finds it. Without lengths every token counts as
-    after it, as those of a continued call do. It acts at positions and cannot be merged.
+    after it, as those of a continued call do. It acts at positions and cannot be merged. In training, the loss function
+    of `make_train_step` says so: `model(ids, peft=jpeft.Call(key=key, lengths=invocation(ids, tokens)))`; in generation
+    `generator(weights, prompts, lengths=...)` does. Encoder-decoders cannot generate with it, and a job of `jpeft
+    train` has no rows that name an invocation.
 
     Args:
         rank: r.

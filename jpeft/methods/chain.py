@@ -84,6 +84,14 @@ class Chain(Method):
         return tuple((f"{i}.{start}", part) for i, m in enumerate(self.methods) for start, part in m.parts)
 
     @property
+    def tasks(self) -> int:
+        return max(m.tasks for m in self.methods)
+
+    @property
+    def places(self) -> dict[str, int]:
+        return {name: value for m in self.methods for name, value in m.places.items()}
+
+    @property
     def dense(self) -> bool:
         return all(m.dense for m in self.methods)
 

@@ -103,15 +103,7 @@ class GatedAdapter(Pfeiffer):
     """Train a small residual network on the output of a projection, and a gate that opens it token by token.
 
     `y' = y + sigmoid(y g + b_g) (act(y D + b_D) U + b_U)`, g `[*stack, out]`, b_g (`gb`) `[*stack]`, the other letters
-    as in `Pfeiffer`.
-
-    Args:
-        reduction_factor: see `Pfeiffer`.
-        bottleneck: see `Pfeiffer`.
-        activation: see `Pfeiffer`.
-
-    Raises:
-        MethodConfigError: as of `Pfeiffer`.
+    as in `Pfeiffer`; fields and errors are its own too.
 
     Source: arXiv 2110.07577.
 
@@ -144,17 +136,7 @@ class GatedPrefixTuning(PrefixTuning):
 
     `K' = [G P_K; K]` and `V' = [G P_V; V]`, `G = mean_t sigmoid(x_t g + b_g)` over the real tokens of the row, x being
     the input of the projection; g `[*stack, in]`, b_g (`gb`) `[*stack]`, the rest as in `PrefixTuning`. Padding counts
-    as a token, as in the paper's code.
-
-    Args:
-        length: see `PrefixTuning`.
-        init_weights: see `PrefixTuning`.
-        channels: see `PrefixTuning`.
-        prefix_projection: see `PrefixTuning`.
-        encoder_hidden_size: see `PrefixTuning`.
-
-    Raises:
-        MethodConfigError: as of `PrefixTuning`.
+    as a token, as in the paper's code. Fields and errors are those of `PrefixTuning`.
 
     Source: arXiv 2110.07577.
 

@@ -21,7 +21,8 @@ class MultitaskPromptTuning(PromptTuning):
 
     `P_t = P * (u_t v_t)` and `E([v_1 .. v_V, x]) = [P_t; E(x)]`, P (`p`) `[V, *out]`, u `[tasks, V, r]`, v
     `[tasks, r, *out]`. `peft=jpeft.Call(task=...)` says which task it is, or which one each row of the batch `[B]` is
-    of; with one task it may be left out. A number that is no task makes the output NaN. The first rank starts from one
+    of; with one task it may be left out. A number that is no task makes the output NaN. A generator takes `task=...`;
+    the rows of a job name none, so that `jpeft train` has one task. The first rank starts from one
     and the others close to zero, so that each task starts from P. For a new task, learn another plan with
     `num_tasks=1`, P, u and v from the old one: those of a source task, or their mean.
 
@@ -62,6 +63,10 @@ class MultitaskPromptTuning(PromptTuning):
         if self.num_tasks < 1 or self.num_ranks < 1:
             raise MethodConfigError(f"MultitaskPromptTuning(num_tasks={self.num_tasks}, num_ranks={self.num_ranks}) "
                                     "has no factors; both must be positive")
+
+    @property
+    def tasks(self) -> int:
+        return self.num_tasks
 
     def init(self, key: jax.Array, site: Site, base: jax.Array) -> tuple[Theta, Theta]:
         theta, frozen = super().init(key, site, base)

@@ -1,4 +1,8 @@
-"""Rules that papers recommend as a whole: several methods on the leaves of one model."""
+"""Rules that papers recommend as a whole: several methods on the leaves of one model.
+
+Patterns are those of `jpeft.plan`; as all of them have virtual tokens, it needs `tokens=jpeft.Tokens(..)` with them.
+Defaults such as "query" and "down" are its words for the parts of a layer, which most families of models have.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from jpeft.methods.prefix import PrefixTuning
 from jpeft.methods.selective import Full
 
 
-def mam(attention: str = ".*/(key|value)/kernel", feed_forward: str = ".*/down/kernel", input_of: str = "../up/kernel",
+def mam(attention: str = ".*/(key|value)/kernel", feed_forward: str = "down", input_of: str = "../up/kernel",
         length: int = 30, bottleneck: int = 512, scaling: float = 4.0) -> dict[str, Method]:
     """Return the rules of the MAM adapter: a short prefix in attention and a parallel adapter beside the feed-forward.
 
@@ -21,9 +25,6 @@ def mam(attention: str = ".*/(key|value)/kernel", feed_forward: str = ".*/down/k
         length: virtual tokens of the prefix.
         bottleneck: hidden units of the adapter.
         scaling: scale of the adapter.
-
-    Returns:
-        Rules for `jpeft.plan`, which needs `tokens=jpeft.Tokens(..)` with them.
 
     Source: arXiv 2110.04366.
 
@@ -36,9 +37,8 @@ def mam(attention: str = ".*/(key|value)/kernel", feed_forward: str = ".*/down/k
     return {attention: PrefixTuning(length=length), feed_forward: beside}
 
 
-def unipelt(query: str = ".*/query/kernel", key: str = ".*/key/kernel", value: str = ".*/value/kernel",
-            feed_forward: str = ".*/down/kernel", length: int = 10, rank: int = 8,
-            reduction_factor: float = 16.0) -> dict[str, Method]:
+def unipelt(query: str = "query", key: str = "key", value: str = "value", feed_forward: str = "down",
+            length: int = 10, rank: int = 8, reduction_factor: float = 16.0) -> dict[str, Method]:
     """Return the rules of UniPELT: LoRA on queries and values, a prefix, and an adapter, each behind a gate.
 
     The gates of LoRA and of the adapter are for each token, that of the prefix is the mean over the row; the paper's
@@ -52,9 +52,6 @@ def unipelt(query: str = ".*/query/kernel", key: str = ".*/key/kernel", value: s
         length: virtual tokens of the prefix.
         rank: of LoRA.
         reduction_factor: of the adapter.
-
-    Returns:
-        Rules for `jpeft.plan`, which needs `tokens=jpeft.Tokens(..)` with them.
 
     Source: arXiv 2110.07577.
 
@@ -81,9 +78,6 @@ def ptuning_v2(attention: str = ".*/(key|value)/kernel", head: str = "classifier
         head: pattern of the leaves of the head.
         length: virtual tokens.
         prefix_projection: whether the prompts come out of an encoder.
-
-    Returns:
-        Rules for `jpeft.plan`, which needs `tokens=jpeft.Tokens(..)` with them.
 
     Source: arXiv 2110.07602.
 

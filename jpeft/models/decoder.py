@@ -172,12 +172,7 @@ class Decoder(Model):
         """
         if length < 1:
             raise ModelConfigError(f"an adapter of {length} tokens learns nothing; use 1 or more")
-        model = dataclasses.replace(self, config=dataclasses.replace(self.config, adapter_length=length))
-        places, old = model.shapes()["layers"]["attention"], params["layers"]["attention"]
-        dtype = jax.tree.leaves(old)[0].dtype
-        new = {name: fill(places[name].shape, dtype) for name, fill in (
-            ("adapter_prompt", jnp.ones), ("adapter_gate", jnp.zeros))}
-        return model, {**params, "layers": {**params["layers"], "attention": {**old, **new}}}
+        return self.with_places(params, {"adapter_length": length})
 
     def empty_cache(self, batch: int, capacity: int, dtype: Any = None, whole: bool = False) -> Cache:
         """Return a cache for `apply`: `capacity` tokens for each of `batch` rows.

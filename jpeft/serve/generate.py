@@ -92,7 +92,8 @@ class Generator:
 
     def __call__(self, weights: Any, prompts: Sequence[str] | Sequence[Sequence[int]], *, max_new_tokens: int = 128,
                  sampling: Sampling | None = None, eos: Sequence[int] | None = None, stop: Sequence[str] = (),
-                 seed: int = 0, on_text: OnText | None = None, special: bool = True) -> list[Generation]:
+                 seed: int = 0, on_text: OnText | None = None, special: bool = True,
+                 task: int | Sequence[int] | None = None, lengths: Sequence[int] | None = None) -> list[Generation]:
         """Continue prompts.
 
         Args:
@@ -105,6 +106,9 @@ class Generator:
             seed: of the draws. The same seed, batch and weights give the same answers.
             on_text: called with the number of a prompt and the next part of its answer, as soon as that is certain.
             special: whether the tokenizer adds its special tokens to text prompts; not for a rendered chat.
+            task: of methods that have learnt several (`jpeft.MultitaskPromptTuning`): which, or which for each prompt.
+            lengths: of `jpeft.ALoRA`: how many tokens of each prompt come before the invocation, which is in it and
+                which `jpeft.methods.alora.invocation` finds. None: none.
 
         Raises:
             ModelInputError: a prompt is empty or too long, an argument does not fit, or the logits are NaN.
@@ -116,7 +120,8 @@ class Generator:
         leading = weights if type(weights) is tuple else (weights,)
         run = _Run(rows, ends, self._growing(len(rows), stop), on_text or (lambda row, part: None))
         prompt = self._reader.prompt(rows, max_new_tokens, self._pad())
-        cache, seen = self._start(leading, rows, prompt), self._seen(rows, values)
+        told = self._reader.told(rows, prompt, task, lengths)
+        cache, seen = self._start(leading, rows, prompt, told), self._seen(rows, values)
         token, key = prompt.first, jax.random.key(seed)
         for number in range(max_new_tokens):
             chosen, cache, seen = self._decode(leading, token, (prompt.positions + number)[:, None], cache=cache,
@@ -143,9 +148,10 @@ class Generator:
         text = self.tokenizer.chat(messages, True, default_system=default_system)
         return self(weights, [text], special=False, **options)[0]
 
-    def _fill(self, weights: tuple[Any, ...], tokens: jax.Array, mask: jax.Array, back: Any, *, capacity: int) -> Any:
+    def _fill(self, weights: tuple[Any, ...], tokens: jax.Array, mask: jax.Array, back: Any, told: dict[str, Any], *,
+              capacity: int) -> Any:
         self.traces["prefill"] += 1
-        return self._reader.fill(weights, tokens, mask, back, capacity)
+        return self._reader.fill(weights, tokens, mask, back, told, capacity)
 
     def _step(self, weights: tuple[Any, ...], token: jax.Array, position: jax.Array, *, cache: Any,
               seen: jax.Array | None, values: Values, key: jax.Array) -> tuple[jax.Array, Any, jax.Array | None]:
@@ -156,11 +162,11 @@ class Generator:
             seen = seen.at[jnp.arange(len(chosen)), chosen].set(True)
         return chosen, out.cache, seen
 
-    def _start(self, weights: tuple[Any, ...], rows: list[list[int]], prompt: Prompt) -> Any:
+    def _start(self, weights: tuple[Any, ...], rows: list[list[int]], prompt: Prompt, told: dict[str, Any]) -> Any:
         """Return a cache that holds the prompts."""
         if prompt.ids is None:
             return self._reader.empty(len(rows), prompt.capacity)
-        cache = self._prefill(weights, prompt.ids, prompt.mask, prompt.back, capacity=prompt.capacity)
+        cache = self._prefill(weights, prompt.ids, prompt.mask, prompt.back, told, capacity=prompt.capacity)
         self._reader.filled(cache, prompt)
         return cache
 

@@ -54,25 +54,68 @@ class Reader(abc.ABC):
         dtype: of keys and values; None: that of the model.
 
     Attributes:
+        invocations: whether a method may act from a token of the prompt on.
         virtual: tokens that the adapted function puts before the text.
+        tasks: number of tasks that its methods have learnt; 0: they know of none.
     """
 
     names: Tokens
+    invocations = True
 
     def __init__(self, model: Any, apply: Apply, dtype: Any):
         self.model, self.dtype = model, dtype
         self._first = self._next = apply
         self.plan = getattr(apply, "plan", None)
         self.virtual = 0 if self.plan is None else int(self.plan.virtual_tokens)
-        placed = [e for e in (() if self.plan is None else self.plan.entries) if e.method.positions]
+        entries = () if self.plan is None else self.plan.entries
+        self.tasks = max((e.method.tasks for e in entries), default=0)
+        self._invoked = any("lengths" in e.method.call for e in entries)
+        placed = [(part, e.path) for e in entries for _, part in e.method.parts
+                  if part.positions and not (self.invocations and part.goes_on)]
         if placed:
-            raise ModelInputError(f"{type(placed[0].method).__name__} on {placed[0].path!r} acts by position, which a "
+            raise ModelInputError(f"{type(placed[0][0]).__name__} on {placed[0][1]!r} acts by position, which a "
                                   "padded prompt shifts; generate with a method that acts on every token "
                                   "(prefix_positions=None), or call the adapted function on whole rows")
-        if self.virtual and self.plan is not None:
+        if self.plan is not None and (self.virtual or any(e.method.positions for e in entries)):
             names = dataclasses.replace(self.names, fill=self.plan.tokens.fill)
             self._first = adapt(vars(apply)["apply"], dataclasses.replace(self.plan, tokens=names))
             self._next = functools.partial(apply, peft=Call(continued=True))
+
+    def told(self, rows: Rows, prompt: Prompt, task: Any, lengths: Any) -> dict[str, Any]:
+        """Return what the adapted function is told of the prompts, as keyword arguments.
+
+        Raises:
+            ModelInputError: what is given is read by no method, or is none for these prompts.
+        """
+        if task is None and self.tasks > 1:
+            raise ModelInputError(f"the adapted function has learnt {self.tasks} tasks and is not told which; pass "
+                                  "task=..., one number or one for each prompt")
+        if (task is not None and not self.tasks) or (lengths is not None and not self._invoked):
+            raise ModelInputError(f"{'lengths' if task is None or self.tasks else 'task'} is given, and no method of "
+                                  "the function reads it; drop it")
+        if task is not None:
+            task = np.asarray(task)
+            if task.dtype.kind not in "iu" or task.shape not in ((), (len(rows),)) or not (
+                    (task >= 0) & (task < self.tasks)).all():
+                raise ModelInputError(f"task is {task.tolist()!r}, must be a number from 0 to {self.tasks - 1}, or one "
+                                      f"for each of {len(rows)} prompts")
+            task = task.astype(np.int32)
+        if lengths is not None:
+            lengths = self._padded(rows, prompt, np.asarray(lengths))
+        return {} if task is None and lengths is None else {"peft": Call(task=task, lengths=lengths)}
+
+    def _padded(self, rows: Rows, prompt: Prompt, lengths: np.ndarray) -> np.ndarray:
+        """Return how many tokens come before each invocation, padding included."""
+        if lengths.dtype.kind not in "iu" or lengths.shape != (len(rows),):
+            raise ModelInputError(f"lengths is {lengths.tolist()!r}, must be one whole number for each of {len(rows)} "
+                                  "prompts")
+        for i, (row, before) in enumerate(zip(rows, lengths.tolist(), strict=True)):
+            if not 0 <= before < len(row):
+                raise ModelInputError(f"prompt {i} has {len(row)} tokens and lengths says that {before} come before "
+                                      "the invocation, of which at least one must be in the prompt; end the prompt "
+                                      "with it")
+        first = 0 if prompt.mask is None else prompt.mask.argmax(axis=1)
+        return (lengths + first).astype(np.int32)
 
     def check(self, number: int, row: Sequence[int], new: int) -> None:
         """Raise `ModelInputError` if a prompt and `new` tokens are too many."""
@@ -108,7 +151,8 @@ class Reader(abc.ABC):
         """Return a cache that `step` takes where there was nothing to fill it with."""
 
     @abc.abstractmethod
-    def fill(self, weights: tuple[Any, ...], ids: jax.Array, mask: jax.Array, back: Any, capacity: int) -> Any:
+    def fill(self, weights: tuple[Any, ...], ids: jax.Array, mask: jax.Array, back: Any, told: dict[str, Any],
+             capacity: int) -> Any:
         """Return a cache that holds the prompts. Traced."""
 
     @abc.abstractmethod
@@ -152,10 +196,11 @@ class Causal(Reader):
         options = {"whole": True} if self.virtual else {}
         return self.model.empty_cache(batch, capacity, self.dtype, **options)
 
-    def fill(self, weights: tuple[Any, ...], ids: jax.Array, mask: jax.Array, back: Any, capacity: int) -> Any:
+    def fill(self, weights: tuple[Any, ...], ids: jax.Array, mask: jax.Array, back: Any, told: dict[str, Any],
+             capacity: int) -> Any:
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0).astype(jnp.int32)
         cache = self._first(*weights, ids, attention_mask=mask, positions=positions,
-                            cache=self.empty(len(ids), capacity)).cache
+                            cache=self.empty(len(ids), capacity), **told).cache
         return cache._replace(length=cache.length - back)
 
     def step(self, weights: tuple[Any, ...], token: jax.Array, position: jax.Array, cache: Any) -> Any:
@@ -166,6 +211,7 @@ class EncoderDecoder(Reader):
     """An encoder and a decoder: the prompt is encoded once, padded on the right; the decoder begins with its start."""
 
     names = Tokens(ids=0, mask="attention_mask", strip=())
+    invocations = False
 
     def __init__(self, model: Any, apply: Apply, dtype: Any):
         super().__init__(model, apply, dtype)
@@ -187,10 +233,11 @@ class EncoderDecoder(Reader):
     def empty(self, batch: int, capacity: int) -> Any:
         return self.model.empty_cache(batch, capacity, self.dtype)
 
-    def fill(self, weights: tuple[Any, ...], ids: jax.Array, mask: jax.Array, back: Any, capacity: int) -> Any:
+    def fill(self, weights: tuple[Any, ...], ids: jax.Array, mask: jax.Array, back: Any, told: dict[str, Any],
+             capacity: int) -> Any:
         nothing = jnp.zeros((len(ids), 0), jnp.int32)
         return self._first(*weights, ids, attention_mask=mask, decoder_tokens=nothing,
-                           cache=self.empty(len(ids), capacity)).cache
+                           cache=self.empty(len(ids), capacity), **told).cache
 
     def step(self, weights: tuple[Any, ...], token: jax.Array, position: jax.Array, cache: Any) -> Any:
         return self._next(*weights, None, decoder_tokens=token, cache=cache)

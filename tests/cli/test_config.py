@@ -98,14 +98,14 @@ def test_every_field_can_be_set(file: Path) -> None:
         "data.source": "hf:c/d", "data.test_source": "hf:e/f", "data.unique": ["t"], "data.sha256": "e" * 64,
         "data.text": "t", "data.label": "l", "data.classes": 3, "data.where": {"a": 1},
         "data.test": 0.5, "data.validation": 5, "data.seed": 2, "data.max_length": 9, "data.buckets": [9],
-        "rules": {"mlp": {"method": "IA3"}}, "train.epochs": 3,
+        "rules": {"mlp": {"method": "LoRA", "init_weights": "eva"}}, "calibration.batches": 3, "train.epochs": 3,
         "train.steps": None, "train.batch_size": 4,
         "train.optimizer": "lion", "train.learning_rate": 1e-4, "train.schedule": "cosine", "train.warmup": 5,
         "train.weight_decay": 0.5, "train.clip": 2.0, "train.betas": [0.5, 0.6], "train.eps": 1e-6,
         "train.lora_plus": 16.0, "train.eval_every": 7, "train.save_every": 8, "train.keep": 4,
         "test.generate": None, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 3, "mesh.sequence": 4, "mesh.expert": 5,
         "mesh.rules": {".*": ["fsdp", None, ["data", "tensor"]]}, "mesh.replicate_below": 0}
-    sections = ("model", "data", "train", "test", "mesh")
+    sections = ("model", "data", "train", "test", "mesh", "calibration")
     known = {path for path in config._known(config.JobConfig[DataConfig]) if not path.startswith("test.generate.")}
     assert set(others) | set(sections) == known
     written = {path: yamlio.dump(value).removesuffix("...\n") for path, value in others.items()}

@@ -240,7 +240,7 @@ def test_what_a_mesh_refuses(given: dict[str, Any], says: str, tmp_path: Path) -
 def test_a_gguf_file_onto_a_mesh(tmp_path: Path) -> None:
     """Rows of q and k are put in order, experts lie in one tensor, the file is in parts: all of it in one model."""
     pytest.importorskip("gguf", reason="needs gguf, which reads the files")
-    from interop.test_gguf import write
+    from interop.ggufs import write
 
     write(tmp_path / "m.gguf", "mixtral", encode="Q8_0", split_max_tensors=9)
     assert len(list(tmp_path.iterdir())) == 3
@@ -296,7 +296,7 @@ def make_large(kind: str, folder: Path) -> Path:
         (folder / "config.json").write_text(json.dumps(config))
         return folder
     gguf = pytest.importorskip("gguf", reason="needs gguf, which writes the file")
-    from interop.test_gguf import stored
+    from interop.ggufs import stored
 
     writer = gguf.GGUFWriter(folder / "m.gguf", "llama")
     for key, value in {"context_length": 64, "block_count": LAYERS, "embedding_length": WIDTH,

@@ -49,7 +49,7 @@ def test_the_equations() -> None:
         shapes = {"embed": (9, D), **{n: {"kernel": (D, D)} for n in ("query", "key", "value", "down")}}
         params = randomise(jax.tree.map(jnp.zeros, shapes, is_leaf=lambda s: isinstance(s, tuple)), 1, 0.5)
         ids = jnp.asarray([[1, 2, 3, 4], [5, 6, 7, 8]])
-        rules = unipelt("query/kernel", "key/kernel", "value/kernel", "down/kernel", V, 2, 3.0)
+        rules = unipelt(length=V, rank=2, reduction_factor=3.0)
         plan = jpeft.plan(apply, params, (ids,), rules, tokens=jpeft.Tokens(ids=0))
         lora, prefix, adapter = 2 * 2 * D + D + 1, V * D + D + 1, 2 * 2 * D + 2 + D + D + 1
         assert plan.count() == 2 * lora + 2 * prefix + adapter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ pytest.importorskip("flax", reason="needs flax, which the models are written in"
 from support import assert_close, randomise
 
 import jpeft
-from jpeft.errors import ModelConfigError, NoMatchError
+from jpeft.errors import CheckpointError, MethodConfigError, ModelConfigError, NoMatchError
 from jpeft.models.decoder import Decoder, DecoderConfig
 from jpeft.models.decoder_layers import Attention, Here, Shared
 from jpeft.models.rope import Rope
@@ -80,7 +81,31 @@ def test_it_starts_from_the_base_and_learns() -> None:
     assert not np.allclose(hidden, base, atol=1e-2)
 
 
+def test_the_last_layers_alone() -> None:
+    made, wide = model().with_adapter(model().init(jax.random.key(0)), P)
+    (pattern, method), = RULES.items()
+    plan = jpeft.plan(made.apply, wide, (IDS,), {jpeft.layers(pattern, [1]): method})
+    assert plan.count() == P * D + H
+    start, frozen = jpeft.init(plan, wide, jax.random.key(1))
+    slopes = jax.grad(lambda t: jnp.sum(jnp.sin(jpeft.adapt(made.apply, plan)(t, frozen, IDS).hidden)))(
+        randomise(start, 3))
+    for slope in jax.tree.leaves(slopes):
+        assert np.abs(slope[0]).max() == 0 < np.abs(slope[1]).min()
+
+
+def test_no_checkpoint_holds_the_places(tmp_path: Path) -> None:
+    made, wide = model().with_adapter(model().init(jax.random.key(0)), P)
+    with pytest.raises(CheckpointError, match="places for LLaMAAdapter, which no Hugging Face checkpoint holds"):
+        jpeft.save_pretrained(tmp_path, made, wide)
+    assert not list(tmp_path.iterdir())
+
+
 def test_mistakes() -> None:
+    made, wide = model().with_adapter(model().init(jax.random.key(0)), P)
+    with pytest.raises(MethodConfigError, match=r"length=4.* has places for 3; leave length out"):
+        jpeft.plan(made.apply, wide, (IDS,), {".*/adapter_(prompt|gate)": jpeft.LLaMAAdapter(length=4)})
+    with pytest.raises(MethodConfigError, match="'layers/attention/key/kernel', a weight of dtype float32, which it"):
+        jpeft.plan(made.apply, wide, (IDS,), {"attention": jpeft.LLaMAAdapter()})
     with pytest.raises(NoMatchError, match="adapter_"):
         jpeft.plan(model().apply, model().shapes(), (IDS,), RULES)
     with pytest.raises(ModelConfigError, match="learns nothing"):

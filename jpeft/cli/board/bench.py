@@ -27,6 +27,7 @@ from jpeft.cli.build import Adapted, Loaded, Training
 from jpeft.cli.config import JobConfig
 from jpeft.cli.job import Compiled
 from jpeft.cli.progress import ProgressBar, StepTimes
+from jpeft.cli.rules import places, to_methods
 from jpeft.core import store
 from jpeft.core.plan import Plan
 from jpeft.data.pipeline import stream
@@ -118,8 +119,8 @@ class Bench:
         return loaded.task.told(job, data, build.batches(job, data["train"], shuffle=True))
 
     def _load(self, job: JobConfig) -> Loaded:
-        """Return the model; a new head depends on the seed."""
-        said = json.dumps([job.model.model_dump(), job.seed], sort_keys=True)
+        """Return the model; a new head depends on the seed, places in it on the methods."""
+        said = json.dumps([[job.model.model_dump(), places(to_methods(job.rules))], job.seed], sort_keys=True)
         if said not in self._models:
             if not any(json.loads(other)[0] == json.loads(said)[0] for other in self._models):
                 self._models.clear()
@@ -135,12 +136,12 @@ class Bench:
     def _prepare(self, run: Run, loaded: Loaded, data: dict[str, Any]) -> tuple[_Ready, Training]:
         """Compile the programs of an entry, or begin anew with those that there are."""
         home = (run.task, run.entry)
+        made = build.batches(loaded.config, data["train"], shuffle=True)
         if self._ready is not None and self._ready[0] == home:
             ready = self._ready[1]
-            return ready, ready.start.again(loaded, ready.plan)
+            return ready, ready.start.again(loaded, ready.plan, made)
         self._ready = None
         jax.clear_caches()
-        made = build.batches(loaded.config, data["train"], shuffle=True)
         start = build.training(loaded, made)
         compiled = Compiled(start.step, start.state, start.frozen, made)
         ready = _Ready(loaded.plan, start, compiled, _size(loaded.plan, start))

@@ -12,7 +12,7 @@ import numpy as np
 
 from jpeft.cli import meshes
 from jpeft.cli.config import JobConfig
-from jpeft.cli.rules import to_methods, tokens_for
+from jpeft.cli.rules import Words, to_methods, tokens_for
 from jpeft.core import planning
 from jpeft.core.plan import Plan
 from jpeft.errors import CheckpointError, ConfigError
@@ -53,10 +53,15 @@ class Loaded:
         """The function of the task without an adapter; its `frozen` are the params."""
         return self.task.apply(self, None)
 
+    @property
+    def words(self) -> Words:
+        """What makes ids of the texts in rules."""
+        return Words(lambda text: self.tokenizer.encode([text], special=False)[0].ids, self.task.names(self.config))
+
     @functools.cached_property
     def plan(self) -> Plan:
         """The plan of the job's rules."""
-        methods = to_methods(self.config.rules)
+        methods = to_methods(self.config.rules, self.words)
         args, named = self.task.example(self)
         tokens = tokens_for(methods, "token_types" in named)
         return planning.plan(self.task.base(self), self.params, args, methods, example_kwargs=named, tokens=tokens)
