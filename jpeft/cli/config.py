@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from jpeft.cli import datakinds, yamlio
 from jpeft.cli.datakinds import Rows
 from jpeft.cli.fields import Section, Seed
+from jpeft.cli.meshes import MeshConfig
 from jpeft.cli.rules import to_methods
 from jpeft.cli.sections import (
     EPOCHS,
@@ -35,8 +36,8 @@ D = TypeVar("D", bound=Rows)
 S = TypeVar("S", bound=BaseModel)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SECTIONS = ("data.", "model.", "train.", "test.", "objective.")  # how a sentence about several fields begins
-# What may differ between the two halves of a resumed run: where it lies and how often it is saved.
-_FREE = ("name", "output", "train.save_every", "train.keep")
+# What may differ between the two halves of a resumed run: where it lies, on which devices, how often it is saved.
+_FREE = ("name", "output", "mesh", "train.save_every", "train.keep")
 
 
 class JobConfig(Section, Generic[D]):
@@ -52,6 +53,7 @@ class JobConfig(Section, Generic[D]):
         objective: the numbers of its loss, where that has some.
         train: how it trains.
         test: how it is tested.
+        mesh: the devices that it is divided over; null: it runs on one.
         calibration: rows for methods that start from data; null: no method does.
     """
 
@@ -64,6 +66,7 @@ class JobConfig(Section, Generic[D]):
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
     test: TestConfig = TestConfig()
+    mesh: MeshConfig | None = None
     calibration: CalibrationConfig | None = None
 
     @pydantic.model_validator(mode="after")
@@ -82,6 +85,13 @@ class JobConfig(Section, Generic[D]):
             if value is not None and name not in known:
                 raise ValueError(f"objective.{name} = {value!r} is not for the loss of these rows, which has "
                                  f"{', '.join(known) or 'no such field'}; drop it")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _divides(self) -> JobConfig[D]:
+        if self.mesh is not None and self.train.batch_size % self.mesh.rows:
+            raise ValueError(f"train.batch_size = {self.train.batch_size} rows are not divided by mesh.data x mesh.fsdp"
+                             f" = {self.mesh.rows} devices; make it a multiple of that")
         return self
 
     @pydantic.field_validator("name")
@@ -103,7 +113,8 @@ class JobConfig(Section, Generic[D]):
 
     def leaves(self) -> list[tuple[str, Any]]:
         """Return the dotted path and the value of every field but those that a resumed run is free to change."""
-        return [(path, value) for path, value in _leaves(self.model_dump()) if path not in _FREE]
+        return [(path, value) for path, value in _leaves(self.model_dump())
+                if not {path, path.partition(".")[0]}.intersection(_FREE)]
 
     def differences(self, other: JobConfig) -> list[str]:
         """Return the dotted paths of the fields in which a run cannot continue the other."""

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jpeft.core.frozen import Frozen
 from jpeft.core.paths import flatten
@@ -84,16 +85,38 @@ def divide_rows(x: jax.Array) -> jax.Array:
         ...     print(jax.jit(divide_rows)(jnp.ones((2, 3))).shape)
         (2, 3)
     """
+    sizes = _set_axes(x)
+    axes: tuple[str, ...] = ()
+    for axis in (a for a in ROWS if a in sizes):
+        if x.shape[0] % math.prod(sizes[a] for a in (*axes, axis)) == 0:
+            axes = (*axes, axis)
+    return _first_dim(x, axes) if axes else x
+
+
+def whole_inputs(kernel: jax.Array) -> jax.Array:
+    """Keep a head `[D, V]` whole along D on the mesh that is set, where "fsdp" divides it.
+
+    A loss that takes the tokens in chunks would otherwise fetch it for every chunk. Like `divide_rows`, it changes no
+    value.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> whole_inputs(jnp.ones((2, 3))).shape
+        (2, 3)
+    """
+    return _first_dim(kernel, None) if "fsdp" in _set_axes(kernel) else kernel
+
+
+def _set_axes(x: jax.Array) -> dict[str, int]:
+    """Return the sizes of the axes of type Auto of the mesh that is set, inside `jax.jit`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not isinstance(x, jax.core.Tracer) or not x.ndim:
-        return x
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    axes: tuple[str, ...] = ()
-    for axis in ROWS:
-        if kinds.get(axis) is AxisType.Auto and x.shape[0] % math.prod(mesh.shape[a] for a in (*axes, axis)) == 0:
-            axes = (*axes, axis)
-    if not axes:
-        return x
+        return {}
+    return {axis: mesh.shape[axis] for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+            if kind is AxisType.Auto}
+
+
+def _first_dim(x: jax.Array, axes: tuple[str, ...] | None) -> jax.Array:
     spec = PartitionSpec(axes, *(PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1))
     return jax.lax.with_sharding_constraint(x, spec)
 
@@ -145,13 +168,24 @@ def of_arrays(plan: Plan, names: Sequence[str], leaves: Sequence[Any]) -> tuple[
     """Derive where an adapter lies from arrays that lie on a mesh; None where they do not, or are not arrays yet."""
     if any(isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array) for leaf in leaves):
         return None
-    meshes = [leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
-    mesh = next((mesh for mesh in meshes if mesh.size > 1), None)
+    mesh = mesh_of(leaves)
     if mesh is None:
         return None
     found = {name: leaf.sharding if isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh.size > 1
              else NamedSharding(mesh, PartitionSpec()) for name, leaf in zip(names, leaves, strict=True)}
     return shardings(plan, _Paths(found))
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """Return the mesh of several devices that arrays lie on; None: they lie on one device, or on no mesh."""
+    places = (leaf.sharding for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
+    meshes = (p.mesh for p in places if isinstance(p, NamedSharding))
+    return next((mesh for mesh in meshes if isinstance(mesh, Mesh) and mesh.size > 1), None)
+
+
+def put(x: np.ndarray, where: Sharding) -> jax.Array:
+    """Put an array that every process has whole on the host where it belongs, each process only its own parts."""
+    return jax.make_array_from_callback(x.shape, where, lambda part: x[part])
 
 
 def names_of(entry: Any) -> tuple[str, ...]:

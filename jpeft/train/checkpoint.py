@@ -3,6 +3,10 @@
 `<folder>/<step>/` holds the arrays, written by Orbax, and last of all `jpeft.json`, the manifest (`manifest.py`). A
 folder without a manifest is no checkpoint; a checkpoint whose files differ from its manifest is not used. Old ones go
 after the new one is complete. So whenever the process dies, the newest complete checkpoint is whole.
+
+On a mesh each process writes its own shards and reads those that it needs: other numbers of devices and processes can
+restore what some have saved. All processes call `save` and `restore`; the first one alone writes the manifest, once all
+shards are there, and removes.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp  # type: ignore[import-untyped]
 
+from jpeft.core import hosts
 from jpeft.errors import (
     CheckpointMismatchError,
     CheckpointOrderError,
@@ -33,7 +38,7 @@ from jpeft.errors import (
     WrongBaseError,
 )
 from jpeft.train import manifest
-from jpeft.train.manifest import Spec
+from jpeft.train.manifest import Spec, Stored
 from jpeft.train.state import TrainState
 
 ARRAYS = "arrays"
@@ -124,9 +129,9 @@ class Checkpoints:
             TrainConfigError: `data_position` or `extra` is no JSON.
         """
         found, arrays = manifest.unpack(state)
-        self._check_finite(step, found, arrays)
         record = {
-            "step": step, "base": self._base, "config": self._config, "digest": manifest.digest(found, arrays),
+            "step": step, "base": self._base, "config": self._config,
+            "digest": manifest.digest(found, self._finite(step, found, arrays)),
             "arrays": [list(spec) for spec in found], "data_position": manifest.normal(data_position, "data_position"),
             "extra": manifest.normal(dict(extra or {}), "extra"),
         }
@@ -135,9 +140,10 @@ class Checkpoints:
         try:
             self._write(step, arrays, record)
         except Exception as error:
-            self._remove_drafts()
-            if not (self._at(step) / manifest.NAME).is_file():
-                shutil.rmtree(self._at(step), ignore_errors=True)
+            if hosts.first():
+                self._remove_drafts()
+                if not (self._at(step) / manifest.NAME).is_file():
+                    shutil.rmtree(self._at(step), ignore_errors=True)
             raise CheckpointWriteError(
                 f"the checkpoint of step {step} cannot be written to {self.folder} ({_reason(error)}); free space or "
                 f"fix the folder, then resume; {self._intact()}") from error
@@ -199,33 +205,38 @@ class Checkpoints:
             f"{self.folder} holds a checkpoint of step {newest} and this run is at step {step}; resume from it, or use "
             "another folder")
 
-    def _check_finite(self, step: int, found: list[Spec], arrays: list[np.ndarray]) -> None:
-        """Raise if a state is lost: some optimisers keep infinities, but none a NaN."""
-        for spec, array in zip(found, arrays, strict=True):
-            if spec.dtype.startswith("key") or not jnp.issubdtype(array.dtype, jnp.inexact):
-                continue
+    def _finite(self, step: int, found: list[Spec], arrays: list[Stored]) -> Iterator[np.ndarray]:
+        """Yield arrays on the host; raise if a state is lost: some optimisers keep infinities, but none a NaN."""
+        for spec, array in zip(found, map(hosts.whole, arrays), strict=True):
             trained = spec.path.partition("/")[0] == "trainable"
-            if not np.isfinite(array).all() if trained else np.isnan(array).any():
+            number = not spec.dtype.startswith("key") and jnp.issubdtype(array.dtype, jnp.inexact)
+            if number and (not np.isfinite(array).all() if trained else np.isnan(array).any()):
                 raise NonFiniteLossError(
                     f"{spec.path} is not finite after step {step}, which is not saved; lower the learning rate or clip "
                     f"the gradients; {self._intact()}")
+            yield array
 
-    def _write(self, step: int, arrays: list[np.ndarray], record: dict[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._remove_drafts()
-        if self._at(step).exists():
-            self._remove(step)
+    def _write(self, step: int, arrays: list[Stored], record: dict[str, Any]) -> None:
+        if hosts.first():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_drafts()
+            if self._at(step).exists():
+                self._remove(step)
+        hosts.wait("the folder of checkpoints is ready")
         with _orbax(self.folder) as manager:
             items = {f"{i:06d}": array for i, array in enumerate(arrays) if array.size}
             manager.save(step, args=ocp.args.Composite(**{ARRAYS: ocp.args.StandardSave(items)}), force=True)
-        manifest.write(self._at(step), {**record, "files": manifest.hashes(self._at(step), sync=True)})
+        hosts.wait("the shards are written")
         self._damaged.discard(step)
-        kept = self.steps()[-self._keep:]
-        for old in self._numbered():
-            if old not in kept:
-                self._remove(old)
+        if hosts.first():
+            manifest.write(self._at(step), {**record, "files": manifest.hashes(self._at(step), sync=True)})
+            kept = self.steps()[-self._keep:]
+            for old in self._numbered():
+                if old not in kept:
+                    self._remove(old)
+        hosts.wait("the checkpoint is complete")
 
-    def _read(self, step: int, wanted: list[Spec], like: TrainState) -> tuple[dict[str, Any], list[np.ndarray]]:
+    def _read(self, step: int, wanted: list[Spec], like: TrainState) -> tuple[dict[str, Any], list[Stored]]:
         folder = self._at(step)
         record = manifest.read(folder)
         if record["base"] != self._base:
@@ -248,9 +259,9 @@ class Checkpoints:
                 held = manager.restore(step, args=args)[ARRAYS]
         except Exception as error:
             raise DamagedCheckpointsError(f"{folder} cannot be read: {_reason(error)}") from error
-        arrays = [np.asarray(held[name]) if s.size else np.zeros(s.shape, s.dtype)
-                  for name, s in zip(names, structs, strict=True)]
-        if manifest.digest(found, arrays) != record["digest"]:
+        arrays = [np.zeros(s.shape, s.dtype) if not s.size else np.asarray(held[name]) if s.sharding is None else
+                  held[name] for name, s in zip(names, structs, strict=True)]
+        if manifest.digest(found, map(hosts.whole, arrays)) != record["digest"]:
             raise DamagedCheckpointsError(f"{folder} gives other arrays than were written (their digest differs)")
         return record, arrays
 
@@ -279,8 +290,9 @@ def _orbax(folder: Path) -> Iterator[Any]:
     log.setLevel(logging.CRITICAL + 1)
     sys.unraisablehook = quiet
     try:
+        # Where processes are told to stop, Orbax needs the times of the steps that are there.
         options = ocp.CheckpointManagerOptions(
-            enable_async_checkpointing=False, create=False, lightweight_initialize=True)
+            enable_async_checkpointing=False, create=False, lightweight_initialize=not hosts.several())
         with ocp.CheckpointManager(folder, options=options) as manager:
             yield manager
     except Exception:

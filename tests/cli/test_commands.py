@@ -164,7 +164,8 @@ def test_compare_runs_what_is_missing(job: Path, tmp_path: Path, capsys: pytest.
     assert (tmp_path / "runs" / "fresh" / "summary.json").is_file()
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "predict", "generate", "merge", "explain", "methods", "compare"])
+@pytest.mark.parametrize("command", [
+    "train", "launch", "eval", "predict", "generate", "merge", "explain", "methods", "compare"])
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     assert f"Example: jpeft {command}" in capsys.readouterr().out

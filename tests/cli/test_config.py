@@ -103,8 +103,9 @@ def test_every_field_can_be_set(file: Path) -> None:
         "train.optimizer": "lion", "train.learning_rate": 1e-4, "train.schedule": "cosine", "train.warmup": 5,
         "train.weight_decay": 0.5, "train.clip": 2.0, "train.betas": [0.5, 0.6], "train.eps": 1e-6,
         "train.lora_plus": 16.0, "train.eval_every": 7, "train.save_every": 8, "train.keep": 4,
-        "test.generate": None}
-    sections = ("model", "data", "train", "test", "calibration")
+        "test.generate": None, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 3, "mesh.sequence": 4, "mesh.expert": 5,
+        "mesh.rules": {".*": ["fsdp", None, ["data", "tensor"]]}, "mesh.replicate_below": 0}
+    sections = ("model", "data", "train", "test", "mesh", "calibration")
     known = {path for path in config._known(config.JobConfig[DataConfig]) if not path.startswith("test.generate.")}
     assert set(others) | set(sections) == known
     written = {path: yamlio.dump(value).removesuffix("...\n") for path, value in others.items()}
