@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 class Hook:
     """What `fit` calls; each method does nothing here. A hook need not inherit and may leave any of them out.
 
-    The order is `start`, then `step` for each step (one step late, so that the device never waits), with `evaluated`,
-    `saving` and `saved` where they are due, then `end` if the run ended or was interrupted, and `close` in any case.
+    The order is `start`, then `step` for each step (one step late, so that the device never waits), with `evaluated`
+    and `saving` where they are due, then `end` if the run ended or was interrupted, and `close` in any case. `saved`
+    comes before the next `saving`, or before `end`, as the training goes on while a checkpoint is written.
     When `evaluated`, `saving` or `saved` are called for step `n`, `step` has been called for all steps up to `n`. What
     a hook raises ends the run.
     """

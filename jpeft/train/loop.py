@@ -13,7 +13,14 @@ from typing import Any, Literal, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from jpeft.errors import BatchesError, CheckpointOrderError, NonFiniteLossError, TrainConfigError, nearest
+from jpeft.errors import (
+    BatchesError,
+    CheckpointOrderError,
+    CheckpointWriteError,
+    NonFiniteLossError,
+    TrainConfigError,
+    nearest,
+)
 from jpeft.train.checkpoint import Checkpoints
 from jpeft.train.hooks import Hooks
 from jpeft.train.state import TrainState
@@ -71,6 +78,7 @@ def fit(
             state = restored.state
         fit(step, state, frozen, batches, checkpoints=checkpoints, ...)
 
+    A checkpoint is written in a thread, while the training goes on; the next one and the end of the run wait for it.
     SIGINT (Ctrl-C) and SIGTERM let the step finish, save, and return `stopped="interrupted"`; a second one acts as if
     there were no loop.
 
@@ -134,9 +142,13 @@ def fit(
                     run.save(n, state, batches)
                 if stop:
                     break
+            run.settle()
             result = run.result(state, n, total_steps, stop)
             run.hooks.tell("end", result)
             return result
+    except BaseException as error:
+        run.abandon(error)
+        raise
     finally:
         run.hooks.tell("close")
 
@@ -157,6 +169,7 @@ class _Run:
         kept = checkpoints.extra.get("best") if checkpoints is not None else None
         self.best = Best(kept["step"], kept["metrics"]) if kept else None
         self.history: list[Row] = []
+        self._writing: int | None = None
         self._clock = time.perf_counter()
 
     def report(self, late: _Late) -> None:
@@ -186,14 +199,30 @@ class _Run:
         self._clock = time.perf_counter()
 
     def save(self, n: int, state: TrainState, batches: Any) -> None:
-        """Write a checkpoint, where there is a place for it."""
+        """Begin to write a checkpoint, where there is a place for it; the training goes on meanwhile."""
         if self.checkpoints is None:
             return
+        self.settle()
         self.hooks.tell("saving", n)
         best = None if self.best is None else self.best._asdict()
-        self.checkpoints.save(n, state, batches.get_state(), {"best": best})
-        self.hooks.tell("saved", n)
+        self.checkpoints.save(n, state, batches.get_state(), {"best": best}, wait=False)
+        self._writing = n
         self._clock = time.perf_counter()
+
+    def settle(self) -> None:
+        """Wait until the checkpoint that is being written is complete, and say so."""
+        n, self._writing = self._writing, None
+        if self.checkpoints is not None and n is not None:
+            self.checkpoints.wait()
+            self.hooks.tell("saved", n)
+
+    def abandon(self, error: BaseException) -> None:
+        """Let what is being written end before the run does; a second error goes with the first."""
+        try:
+            if self.checkpoints is not None:
+                self.checkpoints.wait()
+        except CheckpointWriteError as late:
+            error.add_note(str(late))
 
     def result(self, state: TrainState, n: int, total: int, stop: str | None) -> FitResult:
         """Return the result, with one line that says how the run ended."""

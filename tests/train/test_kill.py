@@ -75,7 +75,7 @@ def test_killed_and_resumed_again_and_again(tmp_path, whole, seed):
         reached = last_row(tmp_path)
         newest = tinyjob.Job(tmp_path, TOTAL).resume()
         assert newest >= at
-        assert reached - newest <= 3
+        assert reached - newest <= 6, "the last save may be under way, and no more than that"
         assert kills < 100
     assert kills >= 3, "the program is too fast for this test: raise TOTAL"
     said = json.loads(process.stdout.read())

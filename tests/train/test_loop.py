@@ -23,7 +23,7 @@ from jpeft.errors import (
     TrainConfigError,
     WrongBaseError,
 )
-from jpeft.train import losses, metrics
+from jpeft.train import losses, manifest, metrics
 from jpeft.train import state as states
 from jpeft.train.checkpoint import Checkpoints
 from jpeft.train.hooks import Hook
@@ -271,20 +271,35 @@ def test_an_evaluation_that_is_no_number_stops_the_run(tmp_path):
     assert Checkpoints(tmp_path).steps() == []
 
 
-def test_full_disk_ends_the_run_with_what_was_saved(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("bad", "kept"), [(6, "2, 4"), (8, "4, 6")])
+def test_full_disk_ends_the_run_with_what_was_saved(tmp_path, monkeypatch, bad, kept):
+    """Also in the last checkpoint, which is written when all steps are done."""
     state, step = plain()
-    checkpoints = Checkpoints(tmp_path)
-    real = Checkpoints._write
+    checkpoints, log = Checkpoints(tmp_path), Log()
+    real = manifest.write
 
-    def full(self, n, *args):
-        if n == 6:
+    def full(folder, record):
+        if record["step"] == bad:
             raise OSError(28, "No space left on device")
-        real(self, n, *args)
+        real(folder, record)
 
-    monkeypatch.setattr(Checkpoints, "_write", full)
-    with pytest.raises(CheckpointWriteError, match=r"step 6 cannot be written .*No space left on device.*intact: 2, 4"):
-        fit(step, state, None, Counted(), total_steps=8, save_every=2, checkpoints=checkpoints)
-    assert checkpoints.restore(plain()[0]).step == 4
+    monkeypatch.setattr(manifest, "write", full)
+    with pytest.raises(CheckpointWriteError, match=f"step {bad} cannot be written .*No space left.*intact: {kept}"):
+        fit(step, state, None, Counted(), total_steps=8, save_every=2, checkpoints=checkpoints, hooks=[log])
+    assert checkpoints.restore(plain()[0]).step == bad - 2
+    assert [n for event, *n in log.calls if event == "saved"] == [[n] for n in range(2, bad, 2)]
+    assert log.calls[-1] == ("close",)
+
+
+def test_a_failed_write_goes_with_the_error_that_ends_the_run(tmp_path, monkeypatch):
+    def full(folder, record):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(manifest, "write", full)
+    state, step = plain()
+    with pytest.raises(NonFiniteLossError, match=r"after step 3; .*; there is no checkpoint") as caught:
+        fit(step, state, None, Counted([3]), total_steps=8, save_every=2, checkpoints=Checkpoints(tmp_path))
+    assert "the checkpoint of step 2 cannot be written" in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize(("mode", "monitor", "steps"), [
@@ -361,9 +376,9 @@ def test_metrics_are_safe_before_the_checkpoint_is(tmp_path):
     seen = []
     real = checkpoints.save
 
-    def save(n, *args):
+    def save(n, *args, **options):
         seen.append([row["step"] for row in metrics.read(tmp_path / "m.jsonl")])
-        real(n, *args)
+        real(n, *args, **options)
 
     checkpoints.save = save
     fit(step, state, None, Counted(), total_steps=5, save_every=2, checkpoints=checkpoints,
