@@ -97,8 +97,8 @@ def training(loaded: Loaded, made: Epochs) -> Training:
     apply = loaded.task.apply(loaded, plan)
     has_penalty = any(type(e.method).penalty is not Method.penalty for e in plan.entries)
     loss = loaded.task.loss(apply, (lambda t, f: transform.penalty(plan, t, f)) if has_penalty else None)
-    step = compiled_step(loss, tx, schedule=schedule)
-    return Training(_state(config, trainable, tx), frozen, apply, step, total, tx)
+    state = _state(config, trainable, tx)
+    return Training(state, frozen, apply, compiled_step(loss, tx, schedule=schedule, like=state), total, tx)
 
 
 def _fresh(loaded: Loaded, plan: Plan) -> Any:

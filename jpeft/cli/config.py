@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from jpeft.cli import datakinds, yamlio
 from jpeft.cli.datakinds import Rows
 from jpeft.cli.fields import Section, Seed
+from jpeft.cli.meshes import MeshConfig
 from jpeft.cli.rules import to_methods
 from jpeft.cli.sections import EPOCHS, ModelConfig, TestConfig, TrainConfig
 from jpeft.errors import ConfigError, nearest
@@ -27,8 +28,8 @@ D = TypeVar("D", bound=Rows)
 S = TypeVar("S", bound=BaseModel)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SECTIONS = ("data.", "model.", "train.", "test.")  # how a sentence about several fields begins
-# What may differ between the two halves of a resumed run: where it lies and how often it is saved.
-_FREE = ("name", "output", "train.save_every", "train.keep")
+# What may differ between the two halves of a resumed run: where it lies, on which devices, how often it is saved.
+_FREE = ("name", "output", "mesh", "train.save_every", "train.keep")
 
 
 class JobConfig(Section, Generic[D]):
@@ -43,6 +44,7 @@ class JobConfig(Section, Generic[D]):
         rules: pattern -> `{method: Name, field: value, ...}`, in order; the first that matches a leaf wins.
         train: how it trains.
         test: how it is tested.
+        mesh: the devices that it is divided over; null: it runs on one.
     """
 
     name: str | None = None
@@ -53,6 +55,7 @@ class JobConfig(Section, Generic[D]):
     rules: dict[str, dict[str, Any]]
     train: TrainConfig = TrainConfig()
     test: TestConfig = TestConfig()
+    mesh: MeshConfig | None = None
 
     @pydantic.model_validator(mode="after")
     def _writes(self) -> JobConfig[D]:
@@ -61,6 +64,13 @@ class JobConfig(Section, Generic[D]):
         if self.test.generate is not None and getattr(self.data, "learn", "assistant") == "all":
             raise ValueError("test.generate needs data.learn = assistant, to know where an answer begins; drop one of "
                              "the two")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _divides(self) -> JobConfig[D]:
+        if self.mesh is not None and self.train.batch_size % self.mesh.rows:
+            raise ValueError(f"train.batch_size = {self.train.batch_size} rows are not divided by mesh.data x mesh.fsdp"
+                             f" = {self.mesh.rows} devices; make it a multiple of that")
         return self
 
     @pydantic.field_validator("name")
@@ -82,7 +92,8 @@ class JobConfig(Section, Generic[D]):
 
     def leaves(self) -> list[tuple[str, Any]]:
         """Return the dotted path and the value of every field but those that a resumed run is free to change."""
-        return [(path, value) for path, value in _leaves(self.model_dump()) if path not in _FREE]
+        return [(path, value) for path, value in _leaves(self.model_dump())
+                if not {path, path.partition(".")[0]}.intersection(_FREE)]
 
     def differences(self, other: JobConfig) -> list[str]:
         """Return the dotted paths of the fields in which a run cannot continue the other."""

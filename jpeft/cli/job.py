@@ -11,17 +11,19 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 
-from jpeft.cli import build, runs
+from jpeft.cli import build, meshes, runs
 from jpeft.cli.build import Loaded, Training
 from jpeft.cli.config import JobConfig
 from jpeft.cli.progress import ProgressBar, StepTimes
 from jpeft.cli.runs import RunSummary
 from jpeft.cli.tasks.base import Adapted, Tested
-from jpeft.core import files, store, transform
+from jpeft.core import files, hosts, store, transform
 from jpeft.core.explain import explain
 from jpeft.core.identity import fingerprint
+from jpeft.core.sharding import mesh_of, shardings
 from jpeft.data.epochs import Epochs
 from jpeft.data.pipeline import stream
 from jpeft.errors import JpeftError, RunError
@@ -30,6 +32,7 @@ from jpeft.train import report
 from jpeft.train.checkpoint import Checkpoints
 from jpeft.train.loop import FitResult, fit
 from jpeft.train.metrics import JsonLines
+from jpeft.train.sharding import put_batch
 
 Say = Callable[[str], None]
 
@@ -43,21 +46,26 @@ class Compiled:
     """
 
     def __init__(self, step: Any, state: Any, frozen: Any, made: Epochs) -> None:
-        """Compile `step` for one batch of each width of `made`."""
+        """Compile `step` for one batch of each width of `made`; on a mesh, batches go where `batch_shardings` says."""
         begin = time.perf_counter()
+        self._mesh = mesh_of(state)
         first = {width: i for i, (_, width) in reversed(list(enumerate(made.epoch(0))))}
         # One after the other: each compiles on several threads anyway, and all at once need far more memory.
-        self._programs = {width: step.lower(state, frozen, made.make(0, i)).compile() for width, i in first.items()}
+        self._programs = {width: step.lower(state, frozen, self._put(made.make(0, i))).compile()
+                          for width, i in first.items()}
         self.temp_bytes = max(p.memory_analysis().temp_size_in_bytes for p in self._programs.values())
         self.seconds = time.perf_counter() - begin
 
     def __call__(self, state: Any, frozen: Any, batch: Any) -> Any:
         """Run the program of the batch's width."""
-        return self._programs[batch["tokens"].shape[1]](state, frozen, batch)
+        return self._programs[batch["tokens"].shape[1]](state, frozen, self._put(batch))
+
+    def _put(self, batch: Any) -> Any:
+        return batch if self._mesh is None else put_batch(batch, self._mesh)
 
 
 def run(job: JobConfig, command: str, resume: bool, say: Say, console: Console) -> RunSummary | str:
-    """Train a job in its folder.
+    """Train a job in its folder; where several processes run it, the first one prints and writes.
 
     Args:
         job: the job.
@@ -72,6 +80,12 @@ def run(job: JobConfig, command: str, resume: bool, say: Say, console: Console) 
     Raises:
         JpeftError: something does not fit; before the first step nothing has been written.
     """
+    with meshes.used(job.mesh) as mesh, meshes.together():
+        return _run(job, command, resume, say, console, mesh)
+
+
+def _run(job: JobConfig, command: str, resume: bool, say: Say, console: Console,
+         mesh: Mesh | None) -> RunSummary | str:
     going_on = runs.check(job, resume)
     done = runs.summary(job.folder) if going_on else None
     if done is not None:
@@ -82,12 +96,14 @@ def run(job: JobConfig, command: str, resume: bool, say: Say, console: Console) 
     data = build.load_data(job, loaded.tokenizer)
     made = build.batches(job, data["train"], shuffle=True)
     start = build.training(loaded, made)
-    say(str(explain(plan)))
-    for note in (*loaded.model.notes, *loaded.task.told(job, data, made)):
+    say(str(explain(plan, shardings=None if mesh is None else shardings(plan, loaded.params))))
+    where = () if mesh is None else meshes.told(mesh, loaded.params, start.state, start.frozen)
+    for note in (*loaded.model.notes, *loaded.task.told(job, data, made), *where):
         say(note)
     with console.status(f"compiling for batches of {', '.join(map(str, made.widths))} tokens"):
         compiled = Compiled(start.step, start.state, start.frozen, made)
-    if not going_on:
+    hosts.wait("all processes have looked at the folder")
+    if not going_on and hosts.first():
         runs.begin(job, command)
     try:
         return _train(loaded, start, compiled, made, data, say, console)
@@ -110,7 +126,8 @@ def _train(loaded: Loaded, start: Training, compiled: Compiled, made: Epochs, da
     if restored is not None:
         rows.set_state(restored.data_position)
         state = restored.state
-        notes = (*restored.notes, f"resumed after step {restored.step}; times are those of the steps since")
+        notes = (*restored.notes, f"resumed after step {restored.step}; times are those of the steps since",
+                 *meshes.moved(runs.read(folder).mesh, job.mesh))
         say("\n".join(notes))
     held = build.batches(job, data["validation"])
     every = t.eval_every or len(made)
@@ -123,23 +140,26 @@ def _train(loaded: Loaded, start: Training, compiled: Compiled, made: Epochs, da
             save_every=t.save_every or every, checkpoints=checkpoints,
             evaluate=lambda trainable: task.evaluate(start.apply, trainable, frozen, build.once(held)),
             on_best=lambda trainable, _, n: store.save(folder / runs.ADAPTER, plan, trainable, frozen),
-            hooks=(JsonLines(folder / runs.METRICS), ProgressBar(console, task.monitor, tokens), times),
+            hooks=(*((JsonLines(folder / runs.METRICS), ProgressBar(console, task.monitor, tokens))
+                     if hosts.first() else ()), times),
             monitor=task.monitor, mode=task.mode)
     finally:
         rows.close()
     seconds = time.perf_counter() - begin
-    report.plot(folder / runs.METRICS, folder / runs.PLOT)
+    if hosts.first():
+        report.plot(folder / runs.METRICS, folder / runs.PLOT)
     if result.stopped == "interrupted":
         return result.message
     best = build.load_adapter(loaded, folder / runs.ADAPTER, start.apply)
     with console.status("testing"):
         test = task.test(best, data["test"], compare=True)
-    if test.samples:
+    if test.samples and hosts.first():
         files.write(folder / runs.SAMPLES, test.samples.encode())
     if isinstance(job.model.source, dict):
         write_model(best, folder / runs.MODEL)
     found = _summary(loaded, start, compiled, result, times, seconds, test, notes, made)
-    found.write(folder / runs.SUMMARY)
+    if hosts.first():
+        found.write(folder / runs.SUMMARY)
     return found
 
 
@@ -147,7 +167,10 @@ def write_model(adapted: Adapted, folder: Path) -> None:
     """Write model and adapter as one plain Hugging Face folder."""
     params = transform.merge(adapted.plan, adapted.trainable, adapted.frozen)
     loaded = adapted.loaded
-    save_pretrained(folder, loaded.model, params, loaded.tokenizer, labels=loaded.task.names(loaded.config))
+    if hosts.several():
+        params = jax.tree.map(hosts.whole, params)
+    if hosts.first():
+        save_pretrained(folder, loaded.model, params, loaded.tokenizer, labels=loaded.task.names(loaded.config))
 
 
 def _summary(loaded: Loaded, start: Training, compiled: Compiled, result: FitResult, times: StepTimes, seconds: float,
@@ -168,7 +191,9 @@ def _summary(loaded: Loaded, start: Training, compiled: Compiled, result: FitRes
         model_bytes=sum(int(np.asarray(x.nbytes)) for x in jax.tree.leaves(loaded.params)),
         ms_per_step=None if median is None else 1000 * median, temp_bytes=compiled.temp_bytes,
         tokens_per_second=None if median is None else _tokens(loaded, made) / median,
-        compile_seconds=compiled.seconds, device=jax.devices()[0].device_kind)
+        compile_seconds=compiled.seconds, device=jax.devices()[0].device_kind,
+        **({} if job.mesh is None else {"mesh": job.mesh.axes, "processes": jax.process_count(), "device_bytes": {
+            name: here for name, (here, _) in meshes.held(loaded.params, result.state, start.frozen).items()}}))
 
 
 def _tokens(loaded: Loaded, made: Epochs) -> float:

@@ -49,8 +49,14 @@ def train(
     config: ConfigFile, settings: Settings = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in its folder, if there is one.")] = False,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run's folder.")] = None,
+    distributed: Annotated[bool, typer.Option(
+        "--distributed", help="As one of the processes of SLURM, Kubernetes, MPI, a TPU pod, or jpeft launch.")] = False,
 ) -> None:
     """Train an adapter and test it."""
+    if distributed:
+        from jpeft.cli import meshes
+
+        meshes.join()
     _train(config, settings or [], resume, name)
 
 
@@ -62,11 +68,17 @@ def _train(config: Path, settings: list[str], resume: bool, name: str | None) ->
     command = shlex.join([*words, *(["--name", name] if name else [])])
     job = load(config, settings, name)
     from jpeft.cli.job import run
+    from jpeft.core import hosts
 
-    found = run(job, command, resume, _say, Console(stderr=True))
+    first, alone = hosts.first(), not hosts.several()
+    found = run(job, command, resume, _say if first else lambda text: None, Console(stderr=True, quiet=not first))
     if isinstance(found, str):
-        print(f"{found}\ncontinue with: {command} --resume", file=sys.stderr)
+        if first:
+            again = f"{command} --resume" if alone else "the same command and --resume"
+            print(f"{found}\ncontinue with: {again}", file=sys.stderr)
         raise typer.Exit(130)
+    if not first:
+        return
     _say()
     for line in tables.result(found):
         _say(line)
@@ -149,9 +161,11 @@ def explain(config: ConfigFile, settings: Settings = None) -> None:
     job = load(config, settings or [])
     from jpeft.cli import build
     from jpeft.core import explain as core
+    from jpeft.core.sharding import shardings
 
     loaded = build.load_model(job)
-    _say(str(core.explain(loaded.plan)))
+    over = None if job.mesh is None else shardings(loaded.plan, loaded.params)
+    _say(str(core.explain(loaded.plan, shardings=over)))
     for note in loaded.model.notes:
         _say(note)
 

@@ -36,6 +36,9 @@ class RunSummary(report.Summary):
         temp_bytes: what a training step of the largest batch needs besides its inputs and outputs.
         compile_seconds: time of compiling the training step, for all widths together.
         device: what it ran on.
+        mesh: the size of each axis of the mesh; empty if it ran on one device.
+        processes: how many ran it together.
+        device_bytes: of `base`, `adapters` and `optimizer`, what the fullest device of the mesh held.
     """
 
     name: str = ""
@@ -52,6 +55,9 @@ class RunSummary(report.Summary):
     temp_bytes: int = 0
     compile_seconds: float = 0.0
     device: str = ""
+    mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+    processes: int = 1
+    device_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def percent(self) -> float:

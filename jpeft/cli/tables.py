@@ -83,5 +83,8 @@ def result(s: RunSummary) -> list[str]:
         f"peak memory     {memory}; a step's temporaries {size(s.temp_bytes)}",
         f"time            {s.seconds:.1f} s, {many}{speed}; "
         f"{s.compile_seconds:.1f} s of compiling before",
+        *([f"mesh            {', '.join(f'{axis}={n}' for axis, n in s.mesh.items())}, {s.processes} "
+           f"process{'es' if s.processes > 1 else ''}; each device holds "
+           + ", ".join(f"{name} {size(count)}" for name, count in s.device_bytes.items())] if s.mesh else []),
         *(f"note            {note}" for note in s.notes),
     ]

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jpeft.core.frozen import Frozen
 from jpeft.core.paths import flatten
@@ -145,13 +146,23 @@ def of_arrays(plan: Plan, names: Sequence[str], leaves: Sequence[Any]) -> tuple[
     """Derive where an adapter lies from arrays that lie on a mesh; None where they do not, or are not arrays yet."""
     if any(isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array) for leaf in leaves):
         return None
-    meshes = [leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
-    mesh = next((mesh for mesh in meshes if mesh.size > 1), None)
+    mesh = mesh_of(leaves)
     if mesh is None:
         return None
     found = {name: leaf.sharding if isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh.size > 1
              else NamedSharding(mesh, PartitionSpec()) for name, leaf in zip(names, leaves, strict=True)}
     return shardings(plan, _Paths(found))
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """Return the mesh of several devices that arrays lie on; None: they lie on one device, or on no mesh."""
+    places = (leaf.sharding for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
+    return next((p.mesh for p in places if isinstance(p, NamedSharding) and p.mesh.size > 1), None)
+
+
+def put(x: np.ndarray, where: Sharding) -> jax.Array:
+    """Put an array that every process has whole on the host where it belongs, each process only its own parts."""
+    return jax.make_array_from_callback(x.shape, where, lambda part: x[part])
 
 
 def names_of(entry: Any) -> tuple[str, ...]:

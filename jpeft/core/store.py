@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft.core import files
+from jpeft.core import files, hosts, sharding
 from jpeft.core.frozen import Frozen
 from jpeft.core.identity import fingerprint
 from jpeft.core.paths import flatten
@@ -80,7 +80,8 @@ def save(dir: str | os.PathLike[str], plan: Plan, trainable: Theta, frozen: Froz
     the tensor file.
 
     Saving over an old adapter is atomic: whatever moment a crash comes at, `load` finds the old adapter or the new
-    one, whole. One process may save to a directory at a time; others may load meanwhile.
+    one, whole. One process may save to a directory at a time; others may load meanwhile. Where several processes train
+    together, each of them must call `save`, as each may hold a part of theta; the first one writes.
 
     Args:
         dir: the directory; made if it does not exist. Other files in it are left alone.
@@ -118,7 +119,7 @@ def save(dir: str | os.PathLike[str], plan: Plan, trainable: Theta, frozen: Froz
         _check_tensor(where, key, np.shape(array), slot.shape, dtype, slot.dtype)
         if dtype not in _DTYPES.values():
             raise WrongDtypeError(f"{key!r} is {dtype}, which safetensors cannot hold; keep plain numbers in theta")
-        array = np.asarray(array, order="C")
+        array = np.ascontiguousarray(hosts.whole(array)).reshape(slot.shape)
         arrays[key] = array if slot.live is None else array[slot.live]
     blob = safetensors.numpy.save(arrays, metadata={"format": FORMAT})
     sha = hashlib.sha256(blob).hexdigest()
@@ -133,14 +134,16 @@ def save(dir: str | os.PathLike[str], plan: Plan, trainable: Theta, frozen: Froz
     record["checksum"] = _checksum(record)
     text = re.sub(r"\[[\s\d,-]+\]", lambda m: " ".join(m[0].split()), json.dumps(record, indent=1)) + "\n"
 
-    folder.mkdir(parents=True, exist_ok=True)
-    files.sync(folder.parent)
-    files.write(folder / _content_name(sha[:16]), blob)
-    files.write(folder / PLAN, text.encode())
-    files.rename(folder / _content_name(sha[:16]), folder / TENSORS)
-    any_content = _content_name("[0-9a-f]" * 16)
-    for pattern in (any_content, f".{any_content}.*.tmp", f".{PLAN}.*.tmp"):
-        files.remove(folder, pattern)
+    if hosts.first():
+        folder.mkdir(parents=True, exist_ok=True)
+        files.sync(folder.parent)
+        files.write(folder / _content_name(sha[:16]), blob)
+        files.write(folder / PLAN, text.encode())
+        files.rename(folder / _content_name(sha[:16]), folder / TENSORS)
+        any_content = _content_name("[0-9a-f]" * 16)
+        for pattern in (any_content, f".{any_content}.*.tmp", f".{PLAN}.*.tmp"):
+            files.remove(folder, pattern)
+    hosts.wait("the adapter is written")
 
 
 def load(dir: str | os.PathLike[str], params: Any) -> tuple[Plan, Theta, Frozen]:
@@ -151,8 +154,9 @@ def load(dir: str | os.PathLike[str], params: Any) -> tuple[Plan, Theta, Frozen]
         params: the base parameters that the adapter was trained on.
 
     Returns:
-        `(plan, trainable, frozen)`. The leaves of `frozen.base` are those of `params`; every other array is new.
-        Elements that can never matter (`Method.live`) are zero.
+        `(plan, trainable, frozen)`. The leaves of `frozen.base` are those of `params`; every other array is new, and lies
+        where `jpeft.init` puts it: on the mesh of the params, if they lie on one. Elements that can never matter
+        (`Method.live`) are zero.
 
     Raises:
         CorruptFileError: a file is missing, truncated, garbled, of another format, or was changed after it was saved.
@@ -194,8 +198,10 @@ def load(dir: str | os.PathLike[str], params: Any) -> tuple[Plan, Theta, Frozen]
             f"{folder} was trained on other base parameters: same shapes, other values (fingerprint "
             f"{record['base'][:12]}, here {found[:12]}); load the checkpoint that it was trained on"
         )
-    trainable = _tree("trainable", shapes[0], tensors, slots)
-    return plan, trainable, Frozen(params, _tree("frozen", shapes[1], tensors, slots))
+    places = sharding.of_arrays(plan, *flatten(params)[:2])
+    over = ({}, {}) if places is None else (places[0], places[1].theta)
+    trainable = _tree("trainable", shapes[0], tensors, slots, over[0])
+    return plan, trainable, Frozen(params, _tree("frozen", shapes[1], tensors, slots, over[1]))
 
 
 def _slots(plan: Plan, trainable: Theta, frozen: Theta) -> dict[str, Slot]:
@@ -216,16 +222,16 @@ def _named(group: str, theta: Theta) -> dict[str, Any]:
     return {_key(group, path, letter): array for path, letters in theta.items() for letter, array in letters.items()}
 
 
-def _tree(group: str, shapes: Theta, tensors: dict[str, np.ndarray], slots: dict[str, Slot]) -> Theta:
-    def leaf(key: str) -> jax.Array:
-        slot = slots[key]
+def _tree(group: str, shapes: Theta, tensors: dict[str, np.ndarray], slots: dict[str, Slot], over: Any) -> Theta:
+    def leaf(path: str, letter: str) -> jax.Array:
+        slot = slots[key := _key(group, path, letter)]
         full = tensors[key]
         if slot.live is not None:
             full = np.zeros(slot.shape, full.dtype)
             full[slot.live] = tensors[key]
-        return jnp.array(full, copy=True)
+        return sharding.put(full, over[path][letter]) if over else jnp.array(full, copy=True)
 
-    return {path: {letter: leaf(_key(group, path, letter)) for letter in letters} for path, letters in shapes.items()}
+    return {path: {letter: leaf(path, letter) for letter in letters} for path, letters in shapes.items()}
 
 
 def _check_keys(where: str, found: Iterable[str], expected: Iterable[str], remedy: str) -> None:

@@ -4,6 +4,10 @@
 folder without a manifest is no checkpoint; a checkpoint whose files differ from its manifest is not used. Old ones go
 after the new one is complete. So whenever the process dies, the newest complete checkpoint is whole. All of this may
 happen beside the training, of which a copy on the host is written.
+
+On a mesh each process writes its own shards and reads those that it needs: other numbers of devices and processes can
+restore what some have saved. All processes call `save` and `restore`; the first one alone writes the manifest, once all
+shards are there, and removes.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp  # type: ignore[import-untyped]
 
+from jpeft.core import hosts
 from jpeft.errors import (
     CheckpointMismatchError,
     CheckpointOrderError,
@@ -35,7 +40,7 @@ from jpeft.errors import (
     WrongBaseError,
 )
 from jpeft.train import manifest
-from jpeft.train.manifest import Spec
+from jpeft.train.manifest import Spec, Stored
 from jpeft.train.state import TrainState
 
 ARRAYS = "arrays"
@@ -124,7 +129,7 @@ class Checkpoints:
             data_position: JSON data, of `get_state` of the batches.
             extra: more JSON data.
             wait: return when it is complete; if not, when `state` is copied and may be donated: it is written in a
-                thread, and `wait()` says when it is complete.
+                thread, and `wait()` says when it is complete. Where several processes train, all wait in any case.
 
         Raises:
             NonFiniteLossError: a trained parameter is NaN or infinite, or the optimiser's state has a NaN.
@@ -133,17 +138,20 @@ class Checkpoints:
             TrainConfigError: `data_position` or `extra` is no JSON.
         """
         self.wait()
+        wait = wait or hosts.several()
         found, arrays = manifest.unpack(state)
-        self._check_finite(step, found, arrays)
         record = {
-            "step": step, "base": self._base, "config": self._config, "digest": manifest.digest(found, arrays),
+            "step": step, "base": self._base, "config": self._config,
+            "digest": manifest.digest(found, self._finite(step, found, arrays)),
             "arrays": [list(spec) for spec in found], "data_position": manifest.normal(data_position, "data_position"),
             "extra": manifest.normal(dict(extra or {}), "extra"),
         }
         if self._has(step, manifest.normal(record, "the state")):
             return
         with self._explained(step), contextlib.ExitStack() as stack:
-            self._begin(step, stack, arrays if wait else [np.array(array) for array in arrays])
+            # JAX gives no buffer away that Orbax has a view of, as it has of what lies on a mesh.
+            own = arrays if wait else [np.array(x) if isinstance(x, np.ndarray) else x for x in arrays]
+            self._begin(step, stack, own)
             begun = stack.pop_all()
         if wait:
             self._finish(step, begun, record)
@@ -219,16 +227,16 @@ class Checkpoints:
             f"{self.folder} holds a checkpoint of step {newest} and this run is at step {step}; resume from it, or use "
             "another folder")
 
-    def _check_finite(self, step: int, found: list[Spec], arrays: list[np.ndarray]) -> None:
-        """Raise if a state is lost: some optimisers keep infinities, but none a NaN."""
-        for spec, array in zip(found, arrays, strict=True):
-            if spec.dtype.startswith("key") or not jnp.issubdtype(array.dtype, jnp.inexact):
-                continue
+    def _finite(self, step: int, found: list[Spec], arrays: list[Stored]) -> Iterator[np.ndarray]:
+        """Yield arrays on the host; raise if a state is lost: some optimisers keep infinities, but none a NaN."""
+        for spec, array in zip(found, map(hosts.whole, arrays), strict=True):
             trained = spec.path.partition("/")[0] == "trainable"
-            if not np.isfinite(array).all() if trained else np.isnan(array).any():
+            number = not spec.dtype.startswith("key") and jnp.issubdtype(array.dtype, jnp.inexact)
+            if number and (not np.isfinite(array).all() if trained else np.isnan(array).any()):
                 raise NonFiniteLossError(
                     f"{spec.path} is not finite after step {step}, which is not saved; lower the learning rate or clip "
                     f"the gradients; {self._intact()}")
+            yield array
 
     @contextlib.contextmanager
     def _explained(self, step: int) -> Iterator[None]:
@@ -236,19 +244,22 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            self._remove_drafts()
-            if not (self._at(step) / manifest.NAME).is_file():
-                shutil.rmtree(self._at(step), ignore_errors=True)
+            if hosts.first():
+                self._remove_drafts()
+                if not (self._at(step) / manifest.NAME).is_file():
+                    shutil.rmtree(self._at(step), ignore_errors=True)
             raise CheckpointWriteError(
                 f"the checkpoint of step {step} cannot be written to {self.folder} ({_reason(error)}); free space or "
                 f"fix the folder, then resume; {self._intact()}") from error
 
-    def _begin(self, step: int, stack: contextlib.ExitStack, arrays: list[np.ndarray]) -> None:
+    def _begin(self, step: int, stack: contextlib.ExitStack, arrays: list[Stored]) -> None:
         """Hand the arrays to Orbax, which is done with them when `stack` is closed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._remove_drafts()
-        if self._at(step).exists():
-            self._remove(step)
+        if hosts.first():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_drafts()
+            if self._at(step).exists():
+                self._remove(step)
+        hosts.wait("the folder of checkpoints is ready")
         manager = stack.enter_context(_orbax(self.folder, background=True))
         items = {f"{i:06d}": array for i, array in enumerate(arrays) if array.size}
         manager.save(step, args=ocp.args.Composite(**{ARRAYS: ocp.args.StandardSave(items)}), force=True)
@@ -257,14 +268,17 @@ class Checkpoints:
         """Wait for Orbax, make the folder a checkpoint, and remove the old ones."""
         with self._explained(step):
             begun.close()
-            manifest.write(self._at(step), {**record, "files": manifest.hashes(self._at(step), sync=True)})
+            hosts.wait("the shards are written")
             self._damaged.discard(step)
-            kept = self.steps()[-self._keep:]
-            for old in self._numbered():
-                if old not in kept:
-                    self._remove(old)
+            if hosts.first():
+                manifest.write(self._at(step), {**record, "files": manifest.hashes(self._at(step), sync=True)})
+                kept = self.steps()[-self._keep:]
+                for old in self._numbered():
+                    if old not in kept:
+                        self._remove(old)
+            hosts.wait("the checkpoint is complete")
 
-    def _read(self, step: int, wanted: list[Spec], like: TrainState) -> tuple[dict[str, Any], list[np.ndarray]]:
+    def _read(self, step: int, wanted: list[Spec], like: TrainState) -> tuple[dict[str, Any], list[Stored]]:
         folder = self._at(step)
         record = manifest.read(folder)
         if record["base"] != self._base:
@@ -287,9 +301,9 @@ class Checkpoints:
                 held = manager.restore(step, args=args)[ARRAYS]
         except Exception as error:
             raise DamagedCheckpointsError(f"{folder} cannot be read: {_reason(error)}") from error
-        arrays = [np.asarray(held[name]) if s.size else np.zeros(s.shape, s.dtype)
-                  for name, s in zip(names, structs, strict=True)]
-        if manifest.digest(found, arrays) != record["digest"]:
+        arrays = [np.zeros(s.shape, s.dtype) if not s.size else np.asarray(held[name]) if s.sharding is None else
+                  held[name] for name, s in zip(names, structs, strict=True)]
+        if manifest.digest(found, map(hosts.whole, arrays)) != record["digest"]:
             raise DamagedCheckpointsError(f"{folder} gives other arrays than were written (their digest differs)")
         return record, arrays
 

@@ -23,7 +23,6 @@ import jax
 import jax.extend.core as jec
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
 
 from jpeft.core import compat, transform
 from jpeft.core.frozen import Frozen
@@ -39,7 +38,7 @@ from jpeft.models.decoder import Decoder
 from jpeft.models.sharding import placements
 from jpeft.train import hlo, losses, optimizer, step, traffic
 from jpeft.train.fused import fused_attention
-from jpeft.train.sharding import batch_shardings
+from jpeft.train.sharding import batch_shardings, device_bytes, made_mesh
 from jpeft.train.state import TrainState, state_shardings
 
 ATTENTION = ("scores", "fused")
@@ -215,8 +214,8 @@ def estimate(job: Job) -> Estimate:
         job: the step.
 
     Raises:
-        EstimateError: there are too few devices, or the compiler refuses.
-        ShardingError: the mesh does not divide the batch.
+        EstimateError: the compiler refuses.
+        ShardingError: there are too few devices, or the mesh does not divide the batch.
         NoMatchError, MethodConfigError: as of `jpeft.plan`.
 
     Example:
@@ -238,12 +237,12 @@ def estimate(job: Job) -> Estimate:
     first = next(iter(made.batch.values()))
     rows, length = first.sharding.shard_shape(first.shape)
     heads = c.heads // dict(made.mesh.shape).get("tensor", 1)
-    theta = _bytes(state.trainable) + _bytes(frozen.theta)
+    theta = device_bytes(state.trainable) + device_bytes(frozen.theta)
     return Estimate(
         devices=made.mesh.size, tokens=job.batch * job.length,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(made.base)), trainable=made.plan.count(),
-        base=_bytes(made.kept()), adapters=theta, optimizer=_bytes(state.opt_state),
-        inputs=_bytes((batch, state.step)) + 8,
+        base=device_bytes(made.kept()), adapters=theta, optimizer=device_bytes(state.opt_state),
+        inputs=device_bytes((batch, state.step)) + 8,
         activations=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         arguments=memory.argument_size_in_bytes, scores=4 * rows * heads * length * job.length,
         flops=hlo.count_text(text).total, product_bytes=traffic.product_bytes(module),
@@ -251,30 +250,10 @@ def estimate(job: Job) -> Estimate:
         notes=(*job.model.notes, *made.where.notes), seconds=time.perf_counter() - start)
 
 
-def made_mesh(axes: Mapping[str, int]) -> Mesh:
-    """Return a mesh over the first devices.
-
-    Raises:
-        EstimateError: there are fewer devices.
-    """
-    count = int(np.prod(list(axes.values()), dtype=np.int64))
-    if count > len(jax.devices()):
-        raise EstimateError(f"the mesh {dict(axes)} has {count} devices, JAX has {len(jax.devices())}; set XLA_FLAGS="
-                            f"--xla_force_host_platform_device_count={count} before JAX starts")
-    return Mesh(np.array(jax.devices()[:count]).reshape(*axes.values()), tuple(axes),
-                axis_types=(AxisType.Auto,) * len(axes))
-
-
 def _at(shapes: Any, where: Any) -> Any:
     """Return shapes that know where they lie."""
     return jax.tree.map(lambda struct, place: jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=place),
                         shapes, where)
-
-
-def _bytes(tree: Any) -> int:
-    """Return the bytes of the part of each leaf that the fullest device holds."""
-    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
-               for leaf in jax.tree.leaves(tree))
 
 
 def search(job: Job, memory: float, most: int = 2**20) -> tuple[Job, Estimate, int]:

@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpeft.core.hosts import whole
+from jpeft.core.sharding import mesh_of
 from jpeft.errors import BatchesError
 from jpeft.train.losses import Apply, Batch, logits_of, mean_and_count, sums
+from jpeft.train.sharding import put_batch
 
 
 def evaluate(apply_logits: Apply, trainable: Any, frozen: Any, batches: Iterable[Batch]) -> dict[str, float]:
@@ -25,13 +28,14 @@ def evaluate(apply_logits: Apply, trainable: Any, frozen: Any, batches: Iterable
         trainable: the trained parameters.
         frozen: what goes with them.
         batches: dicts with `tokens`, `attention_mask`, `labels`, `weights` and perhaps `token_types`; rows with weight
-            0 count for nothing.
+            0 count for nothing. If the parameters lie on a mesh, batches on the host go where `batch_shardings` says.
 
     Returns:
         `{"loss", "accuracy", "count"}`, summed over batches in float64.
 
     Raises:
         BatchesError: there are no rows.
+        ShardingError: the mesh does not divide the rows of a batch.
 
     Example:
         >>> import jax.numpy as jnp
@@ -85,7 +89,7 @@ def evaluate_lm(apply_loss: Apply, trainable: Any, frozen: Any, batches: Iterabl
             once per shape of batch for one function object, so hand in the same one each time.
         trainable: the trained parameters.
         frozen: what goes with them.
-        batches: dicts with `tokens`, `labels`, `weights` and what else the model reads.
+        batches: dicts with `tokens`, `labels`, `weights` and what else the model reads. On a mesh, as of `evaluate`.
 
     Returns:
         `{"loss", "perplexity", "count"}`, summed over batches in float64; the perplexity is exp(loss).
@@ -113,15 +117,16 @@ def evaluate_lm(apply_loss: Apply, trainable: Any, frozen: Any, batches: Iterabl
 
 
 def _fetched(score: Any, trainable: Any, frozen: Any, batches: Iterable[Batch]) -> Iterator[Any]:
-    """Yield the scores of each batch, fetched while the next one is computed."""
+    """Yield the scores of each batch, fetched while the next one is computed; on a mesh, each device has its rows."""
     waiting: Any = None
+    mesh = mesh_of((trainable, frozen))
     for batch in batches:
-        begun = score(trainable, frozen, batch)
+        begun = score(trainable, frozen, batch if mesh is None else put_batch(batch, mesh))
         if waiting is not None:
-            yield jax.device_get(waiting)
+            yield jax.tree.map(whole, waiting)
         waiting = begun
     if waiting is not None:
-        yield jax.device_get(waiting)
+        yield jax.tree.map(whole, waiting)
 
 
 @functools.lru_cache(maxsize=16)

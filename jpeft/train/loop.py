@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from jpeft.core import hosts
 from jpeft.errors import (
     BatchesError,
     CheckpointOrderError,
@@ -80,7 +81,8 @@ def fit(
 
     A checkpoint is written in a thread, while the training goes on; the next one and the end of the run wait for it.
     SIGINT (Ctrl-C) and SIGTERM let the step finish, save, and return `stopped="interrupted"`; a second one acts as if
-    there were no loop.
+    there were no loop. Where several processes train together, one of them that is told to stop tells the others, and
+    all stop after the same step.
 
     Args:
         step: from `make_train_step` or `compiled_step`, compiled.
@@ -131,13 +133,14 @@ def fit(
                     run.report(late)
                 late = _Late(n, metrics, _rows(batch))
                 judging, saving = _due(n, eval_every, total_steps), _due(n, save_every, total_steps)
-                if not (judging or saving or signals.caught):
+                agreed = "SIGTERM" if hosts.stops(n) else None
+                if not (judging or saving or signals.caught or agreed):
                     continue
                 run.report(late)
                 late = None
                 if judging and evaluate is not None:
                     run.judge(n, evaluate(state.evaluated), state.evaluated, on_best)
-                stop = signals.caught
+                stop = agreed or signals.caught
                 if saving or stop:
                     run.save(n, state, batches)
                 if stop:
@@ -254,7 +257,8 @@ class _Signals:
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            # Among several processes SIGTERM is heard by JAX, which tells the others.
+            for number in (signal.SIGINT,) if hosts.several() else (signal.SIGINT, signal.SIGTERM):
                 # A process that runs under nohup, or whose caller has its own way, keeps it.
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._before[number] = signal.signal(number, self._catch)
@@ -266,7 +270,10 @@ class _Signals:
         self._restore()
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        self.caught = signal.Signals(number).name
+        if hosts.several():
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            self.caught = signal.Signals(number).name
         self._restore()
 
     def _restore(self) -> None:

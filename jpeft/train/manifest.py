@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +16,13 @@ import numpy as np
 
 from jpeft.core import files
 from jpeft.core.paths import flatten
-from jpeft.errors import CheckpointMismatchError, CheckpointWriteError, DamagedCheckpointsError, TrainConfigError
+from jpeft.core.sharding import mesh_of
+from jpeft.errors import CheckpointMismatchError, DamagedCheckpointsError, TrainConfigError
 
 NAME = "jpeft.json"
 FORMAT = "jpeft-training-checkpoint"
 VERSION = 1
+Stored = np.ndarray | jax.Array
 
 
 class Spec(NamedTuple):
@@ -30,21 +33,11 @@ class Spec(NamedTuple):
     dtype: str
 
 
-def unpack(state: Any) -> tuple[list[Spec], list[np.ndarray]]:
-    """Return what a state consists of and its arrays on the host; keys as their `key_data`.
-
-    Raises:
-        CheckpointWriteError: this process does not hold the whole of an array.
-    """
-    paths, leaves, _ = flatten(state)
-    arrays = []
-    for path, leaf in zip(paths, leaves, strict=True):
-        data = jax.random.key_data(leaf) if _is_key(leaf) else leaf
-        if isinstance(data, jax.Array) and not data.is_fully_addressable:
-            raise CheckpointWriteError(
-                f"{path} is spread over several processes, which these checkpoints cannot hold; replicate it first")
-        arrays.append(np.asarray(data))
-    return specs(state), arrays
+def unpack(state: Any) -> tuple[list[Spec], list[Stored]]:
+    """Return what a state consists of and its arrays, keys as their `key_data`: on the host, or where a mesh has them."""
+    _, leaves, _ = flatten(state)
+    stored = (jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in leaves)
+    return specs(state), [np.asarray(x) if mesh_of(x) is None else x for x in stored]
 
 
 def specs(state: Any) -> list[Spec]:
@@ -53,11 +46,15 @@ def specs(state: Any) -> list[Spec]:
     return [Spec(path, tuple(leaf.shape), str(leaf.dtype)) for path, leaf in zip(paths, leaves, strict=True)]
 
 
-def pack(like: Any, arrays: Sequence[np.ndarray]) -> Any:
-    """Return the state of the type of `like` with these arrays, each where that of `like` lives."""
+def pack(like: Any, arrays: Sequence[Stored]) -> Any:
+    """Return the state of the type of `like` with these arrays, in buffers of its own, each where that of `like` is."""
     _, leaves, treedef = flatten(like)
     made = []
     for leaf, array in zip(leaves, arrays, strict=True):
+        if mesh_of(leaf) is not None:
+            key = jax.random.key_impl(leaf) if _is_key(leaf) else None
+            made.append(jax.jit(functools.partial(_own, key=key), out_shardings=leaf.sharding)(array))
+            continue
         value = jnp.array(array)
         if _is_key(leaf):
             value = jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf))
@@ -66,14 +63,22 @@ def pack(like: Any, arrays: Sequence[np.ndarray]) -> Any:
 
 
 def stored_struct(like: Any) -> list[jax.ShapeDtypeStruct]:
-    """Return shape and dtype of what is stored for each leaf."""
+    """Return shape and dtype of what is stored for each leaf, and where it goes if that is a mesh."""
     _, leaves, _ = flatten(like)
     stored = (jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf for leaf in leaves)
-    return [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in stored]
+    return [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=None if mesh_of(leaf) is None else leaf.sharding)
+            for x, leaf in zip(stored, leaves, strict=True)]
 
 
-def digest(found: Sequence[Spec], arrays: Sequence[np.ndarray]) -> str:
-    """Return the sha256 of all leaves: for each, JSON of its spec, a newline, and its bytes in C order."""
+def _own(data: jax.Array, key: Any) -> jax.Array:
+    return jnp.copy(data) if key is None else jax.random.wrap_key_data(data, impl=key)
+
+
+def digest(found: Sequence[Spec], arrays: Iterable[np.ndarray]) -> str:
+    """Return the sha256 of all leaves: for each, JSON of its spec, a newline, and its bytes in C order.
+
+    Arrays that come one by one need not be on the host all at once.
+    """
     total = hashlib.sha256()
     for spec, array in zip(found, arrays, strict=True):
         total.update(json.dumps(spec).encode() + b"\n")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from jpeft.core.sharding import ROWS
+from jpeft.core.sharding import ROWS, put
 from jpeft.errors import ShardingError
 
 
@@ -49,6 +51,47 @@ def batch_shardings(batch: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(one, batch)
+
+
+def made_mesh(axes: Mapping[str, int]) -> Mesh:
+    """Return a mesh over the first devices, with axes of type Auto.
+
+    Args:
+        axes: the size of each axis, by name.
+
+    Raises:
+        ShardingError: there are fewer devices, or another process would have none of them.
+
+    Example:
+        >>> dict(made_mesh({"fsdp": 1}).shape)
+        {'fsdp': 1}
+    """
+    count, devices = math.prod(axes.values()), jax.devices()
+    if count > len(devices):
+        raise ShardingError(f"the mesh {dict(axes)} has {count} devices, JAX has {len(devices)}; make it smaller, or "
+                            f"simulate them: set XLA_FLAGS=--xla_force_host_platform_device_count={count} before JAX "
+                            "starts")
+    if count < len(devices) and jax.process_count() > 1:
+        raise ShardingError(f"the mesh {dict(axes)} has {count} devices, the {jax.process_count()} processes have "
+                            f"{len(devices)}; divide over all of them")
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), (AxisType.Auto,) * len(axes), devices=devices[:count])
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """Put a batch that lies on the host where `batch_shardings` says; arrays that lie on a device are left there.
+
+    Where several processes train, each has the same batch and puts only the rows and tokens of its own devices.
+
+    Raises:
+        ShardingError: the axes do not divide the rows, or the tokens.
+    """
+    where = batch_shardings(batch, mesh)
+    return jax.tree.map(lambda x, at: x if isinstance(x, jax.Array) else put(np.asarray(x), at), batch, where)
+
+
+def device_bytes(tree: Any) -> int:
+    """Return the bytes of the part of each leaf that the fullest device holds; leaves may be shapes with shardings."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def like_parameters(tx: optax.GradientTransformation, shapes: Any, shardings: Any) -> Any:

@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jpeft.core import compat, transform
 from jpeft.core.method import Call, Method
+from jpeft.core.sharding import mesh_of
 from jpeft.errors import LossFunctionError, TrainConfigError
 from jpeft.train.state import TrainState
 
@@ -97,7 +99,7 @@ def make_train_step(
 
 def compiled_step(
     loss_fn: LossFn, tx: optax.GradientTransformation, *, schedule: optax.Schedule | None = None, donate: bool = True,
-    **options: Any,
+    like: TrainState | None = None, **options: Any,
 ) -> Any:
     """Return `pure_step(loss_fn, tx, ...)` under `jax.jit`.
 
@@ -106,6 +108,7 @@ def compiled_step(
         tx: the optimiser.
         schedule: the learning rate by step, for the metric `learning_rate`.
         donate: let the new state take the memory of the old one, which is then gone.
+        like: a state, if it lies on a mesh: the new one lies as it does, and the metrics are on every device.
         **options: as of `make_train_step`.
 
     Example:
@@ -119,7 +122,11 @@ def compiled_step(
         >>> float(metrics["loss"]), state.trainable["w"].tolist()
         (1.0, [0.8999999761581421, 0.8999999761581421])
     """
-    return jax.jit(pure_step(loss_fn, tx, schedule=schedule, **options), donate_argnums=(0,) if donate else ())
+    mesh = mesh_of(like)
+    where: dict[str, Any] = {} if mesh is None else {"out_shardings": (
+        jax.tree.map(lambda leaf: leaf.sharding, like), NamedSharding(mesh, PartitionSpec()))}
+    step = pure_step(loss_fn, tx, schedule=schedule, **options)
+    return jax.jit(step, donate_argnums=(0,) if donate else (), **where)
 
 
 def pure_step(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
 
+from jpeft.cli import meshes
 from jpeft.cli.config import JobConfig
 from jpeft.cli.rules import to_methods, tokens_for
 from jpeft.core import planning
@@ -189,7 +190,8 @@ class Task(abc.ABC):
         source = cast(str, m.source)  # a task that can begin from a mapping has its own `load`
         model, params, tokenizer = from_pretrained(
             source, m.task, self.labels(job), m.dtype, compute_dtype=m.compute_dtype, remat=m.remat,
-            dropout=m.dropout, sha256=m.sha256, seed=job.seed)
+            dropout=m.dropout, sha256=m.sha256, seed=job.seed, mesh=meshes.made(job.mesh),
+            shardings=None if job.mesh is None else job.mesh.specs)
         if tokenizer is None:
             raise CheckpointError(f"{source} has no tokenizer.json, which texts need; add the file to the checkpoint")
         if job.data.max_length > tokenizer.max_length:

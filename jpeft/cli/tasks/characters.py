@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import tokenizers
+from jax.sharding import Mesh, PartitionSpec
 
+from jpeft.core.paths import flatten
 from jpeft.errors import ModelConfigError, nearest
 from jpeft.interop.pretrained import FAMILIES
 from jpeft.interop.tokenizer import MAIN, Tokenizer
 from jpeft.models.model import Model, Params
+from jpeft.models.sharding import placements
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 SPECIAL = {"pad_token": PAD, "eos_token": END, "unk_token": UNKNOWN}
@@ -42,7 +47,8 @@ def tokenizer_of(texts: Iterable[str], max_length: int = 1_000_000) -> Tokenizer
 
 
 def fresh(said: dict[str, Any], tokenizer: Tokenizer, task: str, *, seed: int, dtype: Any = None,
-          compute_dtype: Any = None, remat: str = "none", dropout: float | None = None) -> tuple[Model, Params]:
+          compute_dtype: Any = None, remat: str = "none", dropout: float | None = None,
+          mesh: Mesh | None = None, shardings: Mapping[str, PartitionSpec] | None = None) -> tuple[Model, Params]:
     """Return a model with random weights.
 
     Args:
@@ -54,9 +60,11 @@ def fresh(said: dict[str, Any], tokenizer: Tokenizer, task: str, *, seed: int, d
         compute_dtype: of compute; None: that of the params.
         remat: what layers keep for the backward pass.
         dropout: sets every dropout rate; None: as `said`.
+        mesh, shardings: where the weights are made, as of `jpeft.from_pretrained`.
 
     Raises:
         ModelConfigError: the keys make no model of this task.
+        ShardingError: the mesh or the shardings do not fit the model.
     """
     known = [kind for kind, family in FAMILIES.items() if task in family.tasks]
     kind = said.get("model_type")
@@ -71,4 +79,11 @@ def fresh(said: dict[str, Any], tokenizer: Tokenizer, task: str, *, seed: int, d
     config = family.read(raw, "model.source", **rates, task=task)
     model = family.model(config, None if compute_dtype is None else jnp.dtype(compute_dtype), remat,
                          origin=json.dumps(raw), notes=(f"random weights, with seed {seed}",))
-    return model, model.init(jax.random.key(seed), jnp.dtype(dtype or jnp.float32))
+    made = functools.partial(model.init, dtype=jnp.dtype(dtype or jnp.float32))
+    if mesh is None:
+        return model, made(jax.random.key(seed))
+    paths, _, treedef = flatten(shapes := model.shapes())
+    placed = placements(shapes, mesh, shardings)
+    where = treedef.unflatten([placed.shardings[path] for path in paths])
+    return (dataclasses.replace(model, notes=(*model.notes, *placed.notes)),
+            jax.jit(made, out_shardings=where)(jax.random.key(seed)))

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jpeft.cli import meshes
 from jpeft.cli.config import JobConfig
 from jpeft.cli.datakinds import NamesData, TargetsData
 from jpeft.cli.tasks.answers import Question
@@ -56,7 +57,8 @@ class Seq2Seq(Language):
         read, written, _, _ = _rows(job)
         tokenizer = tokenizer_of([*read, *written, m.characters or ""])
         model, params = fresh(m.source, tokenizer, m.task, seed=job.seed, dtype=m.dtype, compute_dtype=m.compute_dtype,
-                              remat=m.remat, dropout=m.dropout)
+                              remat=m.remat, dropout=m.dropout, mesh=meshes.made(job.mesh),
+                              shardings=None if job.mesh is None else job.mesh.specs)
         return model, params, tokenizer
 
     def example(self, loaded: Loaded) -> tuple[tuple[Any, ...], dict[str, Any]]:
