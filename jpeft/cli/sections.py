@@ -114,7 +114,7 @@ class TrainConfig(Section):
     debug_nans: bool = False
     profile: ProfileConfig | None = None
     tensorboard: bool = False
-    hooks: list[str] = []
+    hooks: list[str] = pydantic.Field(default_factory=list)
 
     @pydantic.field_validator("betas")
     @classmethod

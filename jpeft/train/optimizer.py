@@ -243,7 +243,7 @@ def muon_dimensions(trainable: Any, plan: Plan | None = None) -> Any:
     def one(keys: Any, matrix: Any, leaf: Any) -> Any:
         if not matrix:
             return None
-        entry = known.get(getattr(keys[0], "key", None)) if len(keys) == 2 else None
+        entry = known.get(str(getattr(keys[0], "key", ""))) if len(keys) == 2 else None
         if entry is None:
             return optax.contrib.MuonDimensionNumbers((leaf.ndim - 2,), (leaf.ndim - 1,))
         site, follows = entry.site, entry.method.axes(entry.site)[keys[1].key]

@@ -87,7 +87,8 @@ def create(trainable: Any, tx: optax.GradientTransformation, key: jax.Array, *, 
     places = [getattr(leaf, "sharding", None) for _, leaf in leaves]
     if not all(isinstance(place, NamedSharding) for place in places):
         return build(trainable, key)
-    where = state_shardings(trainable, jax.tree.map(lambda leaf: leaf.sharding, trainable), tx, ema=ema, scaled=loss_scale is not None)
+    over = jax.tree.map(lambda leaf: leaf.sharding, trainable)
+    where = state_shardings(trainable, over, tx, ema=ema, scaled=loss_scale is not None)
     return jax.jit(build, out_shardings=where)(trainable, key)
 
 

@@ -159,8 +159,9 @@ def pure_step(
             raise TrainConfigError(f"ema = {ema} and the state has {'no' if state.ema is None else 'an'} average; make "
                                    "the state with create(..., ema=True), and the step with a decay")
         if (loss_scale is None) != (state.scale is None):
-            raise TrainConfigError(f"loss_scale = {loss_scale} and the state has {'no' if state.scale is None else 'a'} "
-                                   "scale; give both the same, create(..., loss_scale=...)")
+            has = "no" if state.scale is None else "a"
+            raise TrainConfigError(f"loss_scale = {loss_scale} and the state has {has} scale; give both the same, "
+                                   "create(..., loss_scale=...)")
         key, scale = jax.random.fold_in(state.key, state.step), state.scale
         loss, extra, grads = _gradients(loss_fn, state.trainable, frozen, batch, key, accumulate, axes, sums,
                                         None if scale is None else scale.value)

@@ -302,6 +302,57 @@ def test_a_failed_write_goes_with_the_error_that_ends_the_run(tmp_path, monkeypa
     assert "the checkpoint of step 2 cannot be written" in caught.value.__notes__[0]
 
 
+def tiring(tmp_path, scores, total, **options):
+    state, step = plain()
+    checkpoints = Checkpoints(tmp_path)
+    restored, batches = checkpoints.restore(state), Counted()
+    if restored is not None:
+        state = restored.state
+        batches.set_state(restored.data_position)
+    left = iter(scores[int(state.step):])
+    return fit(step, state, None, batches, total_steps=total, eval_every=1, save_every=1, checkpoints=checkpoints,
+               evaluate=lambda t: {"accuracy": next(left)}, **options)
+
+
+def test_patience_ends_the_run_also_after_a_resume(tmp_path):
+    scores = [0.1, 0.5, 0.4, 0.5, 0.6, 0.6, 0.2, 0.3, 0.9]
+    whole = tiring(tmp_path / "a", scores, 9, patience=3)
+    assert (whole.stopped, int(whole.state.step), whole.best.step) == ("early", 8, 5)
+    assert whole.message == ("stopped early after step 8 of 9: accuracy has not got better in 3 evaluations since "
+                             "step 5")
+    tiring(tmp_path / "b", scores, 7)
+    again = tiring(tmp_path / "b", scores, 9, patience=3)
+    assert (again.stopped, int(again.state.step), again.best) == ("early", 8, whole.best)
+    assert bits(again.state) == bits(whole.state)
+    once_more = tiring(tmp_path / "b", scores, 9, patience=3)
+    assert (once_more.stopped, once_more.history) == ("early", []), "it has ended, and stays so"
+    assert tiring(tmp_path / "c", scores, 8, patience=4).stopped == "finished"
+
+
+def test_patience_without_evaluations_is_an_error():
+    state, step = plain()
+    with pytest.raises(TrainConfigError, match="patience = 2 evaluations and there is no evaluate"):
+        fit(step, state, None, Counted(), total_steps=3, patience=2)
+
+
+def test_batches_that_do_not_come_end_the_run(tmp_path):
+    class Stalled(Counted):
+        def __next__(self):
+            if self.n == 3:
+                threading.Event().wait(60)
+            return super().__next__()
+
+    state, step = plain()
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(BatchesError, match=r"Stalled has given no batch for 0\.5 s; .* train\.data_timeout"):
+        fit(step, state, None, Stalled(), total_steps=5, save_every=1, checkpoints=checkpoints, data_timeout=0.5)
+    assert checkpoints.latest() == 3
+    whole, timed = (fit(step, plain()[0], None, Counted(), total_steps=3, data_timeout=t) for t in (None, 60.0))
+    assert bits(whole.state) == bits(timed.state)
+    with pytest.raises(BatchesError, match="the batches end before step 3 of 4"):
+        fit(step, plain()[0], None, iter(np.ones((2, 2))), total_steps=4, data_timeout=60.0)
+
+
 @pytest.mark.parametrize(("mode", "monitor", "steps"), [
     ("max", "accuracy", [1, 2, 4]), ("min", "loss", [1, 3, 4]), ("min", "accuracy", [1]),
 ])
@@ -414,6 +465,8 @@ def test_metrics_that_lag_behind_the_checkpoint_are_an_error(tmp_path):
     ({"total_steps": 0}, TrainConfigError, "total_steps = 0 must be 1 or more"),
     ({"eval_every": 0}, TrainConfigError, "eval_every = 0 must be"),
     ({"save_every": -3}, TrainConfigError, "save_every = -3 must be"),
+    ({"patience": 0}, TrainConfigError, "patience = 0 must be 1 or more"),
+    ({"data_timeout": 0.0}, TrainConfigError, r"data_timeout = 0\.0 must be above 0"),
     ({"mode": "best"}, TrainConfigError, "mode = 'best' must be 'max' or 'min'"),
     ({"hooks": [print]}, TrainConfigError, "the hook builtin_function_or_method has none of the methods start, step"),
     ({"evaluate": lambda t: {"acuracy": 1.0}}, TrainConfigError, r"no metric 'accuracy' \(nearest: 'acuracy'\); set"),

@@ -192,6 +192,6 @@ def test_scales_that_are_none(scale):
 def test_state_and_step_must_agree():
     tx = optax.sgd(0.1)
     for step, state in itertools.permutations((None, "dynamic")):
-        with pytest.raises(TrainConfigError, match="loss_scale = .* and the state has (no|a) scale; give both the same"):
+        with pytest.raises(TrainConfigError, match=r"loss_scale = .* and the state has (no|a) scale; give both"):
             compiled_step(squares, tx, loss_scale=step)(
                 create({"w": jnp.ones(2)}, tx, KEY, loss_scale=state), None, jnp.ones(2))
