@@ -37,7 +37,8 @@ class TensorBoard(Hook):
 
     def start(self, total: int, at: int) -> None:
         """Open a file; of earlier ones, what is after step `at` no longer counts."""
-        self._writer = self._make(os.fspath(self._folder), purge_step=at + 1 if at else None)
+        # Files are named by the second; the suffix keeps two of one second apart.
+        self._writer = self._make(os.fspath(self._folder), purge_step=at + 1 if at else None, filename_suffix=f".{at}")
 
     def step(self, n: int, metrics: Mapping[str, float], seconds: float, examples: int) -> None:
         """Write the metrics of a step, and how many rows per second it took."""

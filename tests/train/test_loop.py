@@ -344,7 +344,7 @@ def test_batches_that_do_not_come_end_the_run(tmp_path):
 
     state, step = plain()
     checkpoints = Checkpoints(tmp_path)
-    with pytest.raises(BatchesError, match=r"Stalled has given no batch for 0\.5 s; .* train\.data_timeout"):
+    with pytest.raises(BatchesError, match=r"Stalled has given no batch for 0\.5 s; .* \(train\.data_timeout"):
         fit(step, state, None, Stalled(), total_steps=5, save_every=1, checkpoints=checkpoints, data_timeout=0.5)
     assert checkpoints.latest() == 3
     whole, timed = (fit(step, plain()[0], None, Counted(), total_steps=3, data_timeout=t) for t in (None, 60.0))

@@ -125,7 +125,8 @@ def test_muon_makes_each_matrix_of_a_stack_orthogonal():
             sizes = np.linalg.svd(np.asarray(one), compute_uv=False) / (0.2 * math.sqrt(max(one.shape)))
             # The iteration of five steps ends in a band around 1, and not at it.
             assert 0.6 < sizes.min() <= sizes.max() < 1.3, sizes
-    np.testing.assert_allclose(np.abs(updates["b"]["w"]), 1.0, rtol=1e-3, err_msg="a bias is Adam's")
+    sizes = np.abs(updates["b"]["w"])
+    assert sizes.max() < 1.001 * sizes.min(), "a bias is Adam's: all of its first updates are of one size"
 
 
 def test_what_to_evaluate_of_schedule_free_is_its_average():
