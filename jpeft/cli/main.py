@@ -1,4 +1,4 @@
-"""The command line `jpeft`: train, eval, predict, generate, merge, explain, methods, compare, estimate."""
+"""The command line `jpeft`: train, launch, eval, predict, generate, merge, explain, methods, compare, estimate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ try:
 except ModuleNotFoundError as _error:
     raise SystemExit(f"error: the command line needs {_error.name}; pip install 'jpeft[train]'") from _error
 
-from jpeft.cli import estimate, generate
+from jpeft.cli import estimate, generate, launch
 from jpeft.errors import ConfigError, JpeftError, RunError
 
 app = typer.Typer(
@@ -52,7 +52,7 @@ def train(
     hook: Annotated[list[str] | None, typer.Option(
         "--hook", metavar="MODULE:CLASS", help="Another tracker, as train.hooks; may be given often.")] = None,
     distributed: Annotated[bool, typer.Option(
-        "--distributed", help="As one of the processes of SLURM, Kubernetes, MPI, a TPU pod, or jpeft launch.")] = False,
+        "--distributed", help="As one of the processes of SLURM, Kubernetes, MPI, a TPU pod or jpeft launch.")] = False,
 ) -> None:
     """Train an adapter and test it."""
     if distributed:
@@ -132,6 +132,7 @@ def predict(
 
 generate.register(app)
 estimate.register(app)
+launch.register(app)
 
 
 @app.command(**_example("jpeft merge runs/quickstart merged"))
@@ -148,12 +149,12 @@ def merge(
 
 
 def _adapted(run: Path) -> Any:
-    from jpeft.cli import build, runs
+    from jpeft.cli import build
 
-    folder = runs.find(run)
-    if not (folder / runs.ADAPTER).is_dir():
-        raise RunError(f"{folder} has no adapter yet; finish it with: jpeft train {folder / runs.CONFIG} --resume")
-    return build.load_adapter(build.load_model(runs.read(folder)), folder / runs.ADAPTER)
+    adapted, notes = build.trained(run)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    return adapted
 
 
 @app.command(**_example("jpeft explain configs/quickstart.yaml --set 'rules={attention: {method: DoRA, rank: 4}}'"))
@@ -162,13 +163,11 @@ def explain(config: ConfigFile, settings: Settings = None) -> None:
     from jpeft.cli.config import load
 
     job = load(config, settings or [])
-    from jpeft.cli import build
+    from jpeft.cli import build, meshes
     from jpeft.core import explain as core
-    from jpeft.core.sharding import shardings
 
     loaded = build.load_model(job)
-    over = None if job.mesh is None else shardings(loaded.plan, loaded.params)
-    _say(str(core.explain(loaded.plan, shardings=over)))
+    _say(str(core.explain(loaded.plan, shardings=meshes.places(job.mesh, loaded.plan, loaded.params))))
     for note in loaded.model.notes:
         _say(note)
 
@@ -272,8 +271,17 @@ def main(args: Sequence[str] | None = None) -> int:
             tracebacks.print_exc()
         with contextlib.suppress(BrokenPipeError):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
+    except Exception:
+        if "--distributed" not in words:
+            raise
+        tracebacks.print_exc()
+    else:
+        return 0
+    if "--distributed" in words:
+        from jpeft.cli import meshes
+
+        meshes.leave(1)
+    return 1
 
 
 if __name__ == "__main__":

@@ -5,19 +5,26 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import pydantic
 from jax.sharding import Mesh, PartitionSpec
 
-from jpeft.cli.fields import Count, Section
+from jpeft.cli.fields import Count, Section, Steps
 from jpeft.core import hosts
 from jpeft.core.paths import flatten
+from jpeft.core.plan import Plan
+from jpeft.core.sharding import SMALL, shardings
 from jpeft.errors import ConfigError, RunError
 from jpeft.train.sharding import device_bytes, made_mesh
 
+if TYPE_CHECKING:
+    from jpeft.cli.config import JobConfig
+
+J = TypeVar("J", bound="JobConfig")
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 PROCESSES, PROCESS = "JPEFT_PROCESSES", "JPEFT_PROCESS"
 """Environment variables that `jpeft launch` sets, beside JAX's own JAX_COORDINATOR_ADDRESS."""
@@ -34,6 +41,8 @@ class MeshConfig(Section):
         expert: experts.
         rules: path pattern -> mesh axes of each dim (an axis, a list of axes, or null), before the presets; the first
             that matches a leaf wins.
+        replicate_below: what trains is whole on every device where it has fewer bytes than these, and divided as the
+            leaf that it rides on otherwise.
     """
 
     data: Count | None = None
@@ -41,7 +50,8 @@ class MeshConfig(Section):
     tensor: Count | None = None
     sequence: Count | None = None
     expert: Count | None = None
-    rules: dict[str, list[str | list[str] | None]] = {}
+    rules: dict[str, list[str | list[str] | None]] = pydantic.Field(default_factory=dict)
+    replicate_below: Steps = SMALL
 
     @pydantic.model_validator(mode="after")
     def _some(self) -> MeshConfig:
@@ -89,6 +99,19 @@ def made(config: MeshConfig | None) -> Mesh | None:
     return None if config is None else made_mesh(config.axes)
 
 
+def here(job: J) -> tuple[J, tuple[str, ...]]:
+    """Return a job that the devices of this process are enough for, and a note where it is another one."""
+    if job.mesh is None or math.prod(job.mesh.axes.values()) <= jax.device_count():
+        return job, ()
+    return job.model_copy(update={"mesh": None}), (
+        f"the run's mesh, {words(job.mesh)}, has more devices than the {jax.device_count()} here: on one of them",)
+
+
+def places(config: MeshConfig | None, plan: Plan, params: Any) -> Any:
+    """Return where an adapter lies, as of `jpeft.shardings`; None: on one device."""
+    return None if config is None else shardings(plan, params, replicate_below=config.replicate_below)
+
+
 @contextlib.contextmanager
 def used(config: MeshConfig | None) -> Iterator[Mesh | None]:
     """Have JAX make arrays on the mesh of a job, and models keep their activations divided by rows."""
@@ -110,6 +133,14 @@ def join() -> None:
     except (ValueError, RuntimeError) as error:
         raise RunError(f"--distributed found no other processes ({_line(error)}); start them with jpeft launch, or by "
                        "SLURM, Kubernetes, MPI or on a TPU pod") from error
+
+
+def leave(code: int) -> None:
+    """End this process at once after an error, if it has joined others: JAX would wait for them, and they for it."""
+    if hosts.several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 @contextlib.contextmanager
@@ -159,8 +190,8 @@ def told(mesh: Mesh, base: Any, state: Any, frozen: Any) -> list[str]:
 def moved(before: MeshConfig | None, now: MeshConfig | None) -> list[str]:
     """Say that a run goes on on another mesh than it began on."""
     old, new = (None if one is None else one.axes for one in (before, now))
-    return [] if old == new else [f"begun on {words(before)}, goes on on {words(now)}: sums are taken in another order, "
-                                  "so losses are the same to rounding, not bit by bit"]
+    return [] if old == new else [f"begun on {words(before)}, goes on on {words(now)}: sums are taken in another "
+                                  "order, so losses are the same to rounding, not bit by bit"]
 
 
 def held(base: Any, state: Any, frozen: Any) -> dict[str, tuple[int, int]]:

@@ -154,8 +154,8 @@ def load(dir: str | os.PathLike[str], params: Any) -> tuple[Plan, Theta, Frozen]
         params: the base parameters that the adapter was trained on.
 
     Returns:
-        `(plan, trainable, frozen)`. The leaves of `frozen.base` are those of `params`; every other array is new, and lies
-        where `jpeft.init` puts it: on the mesh of the params, if they lie on one. Elements that can never matter
+        `(plan, trainable, frozen)`. The leaves of `frozen.base` are those of `params`; every other array is new, and
+        lies where `jpeft.init` puts it: on the mesh of the params, if they lie on one. Elements that can never matter
         (`Method.live`) are zero.
 
     Raises:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
+from jpeft.core.sharding import whole_inputs
 from jpeft.errors import ModelConfigError, ModelInputError
 from jpeft.models import cache as caches
 from jpeft.models.cache import Cache
@@ -34,7 +35,7 @@ class Head(Block):
     @nn.compact
     def __call__(self) -> jax.Array:
         shape = (self.config.hidden_size, self.features)
-        return cast(jax.Array, self.param("kernel", self.start, shape, jnp.float32))
+        return whole_inputs(cast(jax.Array, self.param("kernel", self.start, shape, jnp.float32)))
 
 
 class DecoderModule(Block):

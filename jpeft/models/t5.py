@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax.ad_checkpoint import checkpoint_name
 
-from jpeft.core.sharding import divide_rows
+from jpeft.core.sharding import divide_rows, whole_inputs
 from jpeft.errors import ModelInputError
 from jpeft.models import cache as caches
 from jpeft.models.cache import Cache
@@ -278,7 +278,7 @@ class _Head(_Block):
     def __call__(self) -> jax.Array:
         c = self.config
         start = nn.initializers.normal(c.hidden_size**-0.5)
-        return self.param("kernel", start, (c.hidden_size, c.vocab_size), jnp.float32)
+        return whole_inputs(self.param("kernel", start, (c.hidden_size, c.vocab_size), jnp.float32))
 
 
 def shifted(labels: jax.Array, start_id: int, pad_id: int) -> jax.Array:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpeft.core import hosts
 from jpeft.errors import ModelInputError
 from jpeft.serve.readers import Prompt, reader
 from jpeft.serve.sampling import Sampling, Values, next_token
@@ -120,7 +121,7 @@ class Generator:
         for number in range(max_new_tokens):
             chosen, cache, seen = self._decode(leading, token, (prompt.positions + number)[:, None], cache=cache,
                                                seen=seen, values=values, key=jax.random.fold_in(key, number))
-            if run.take(np.asarray(chosen)):
+            if run.take(hosts.whole(chosen)):
                 break
             token = run.fed(self._pad())
         return run.answers()

@@ -33,7 +33,6 @@ from jpeft.core.planning import plan as make_plan
 from jpeft.core.sharding import shardings
 from jpeft.core.tokens import Tokens
 from jpeft.errors import EstimateError
-from jpeft.models.activations import over_rows
 from jpeft.models.decoder import Decoder
 from jpeft.models.sharding import placements
 from jpeft.train import hlo, losses, optimizer, step, traffic
@@ -155,7 +154,7 @@ class Abstract:
         return _at(batch, batch_shardings(batch, self.mesh))
 
     def _apply(self) -> Callable[..., Any]:
-        plain = over_rows(self.model.apply, self.mesh)
+        plain = self.model.apply
         if self.job.attention == "fused":
             plain = fused_attention(plain)
 
@@ -193,13 +192,15 @@ class Abstract:
 
     def compiled(self) -> Any:
         """Compile the step for the devices of the mesh, with what is said at the top of this file."""
-        closed = compat.any_algorithm(jax.make_jaxpr(self.step())(*self.args))
         flat = jax.tree.leaves(self.args)
         places = jax.tree.leaves(self.places)
-        out = [*places, *[None] * (len(closed.out_avals) - len(places))]
-        run = jax.jit(jec.jaxpr_as_fun(closed), donate_argnums=tuple(range(len(places))), out_shardings=out)
+        with jax.set_mesh(self.mesh):
+            closed = compat.any_algorithm(jax.make_jaxpr(self.step())(*self.args))
+            out = [*places, *[None] * (len(closed.out_avals) - len(places))]
+            run = jax.jit(jec.jaxpr_as_fun(closed), donate_argnums=tuple(range(len(places))), out_shardings=out)
+            lowered = run.lower(*flat)
         try:
-            return run.lower(*flat).compile(compiler_options=_OPTIONS)
+            return lowered.compile(compiler_options=_OPTIONS)
         except jax.errors.JaxRuntimeError as error:
             raise EstimateError(f"the compiler refused the step: {' '.join(str(error).split())[:300]}") from error
 

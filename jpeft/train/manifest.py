@@ -34,7 +34,7 @@ class Spec(NamedTuple):
 
 
 def unpack(state: Any) -> tuple[list[Spec], list[Stored]]:
-    """Return what a state consists of and its arrays, keys as their `key_data`: on the host, or where a mesh has them."""
+    """Return what a state consists of and its arrays, keys as their `key_data`; on the host, unless a mesh has them."""
     _, leaves, _ = flatten(state)
     stored = (jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in leaves)
     return specs(state), [np.asarray(x) if mesh_of(x) is None else x for x in stored]

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from train.tinyjob import Job, bits
 
 from jpeft.errors import (
@@ -29,6 +31,7 @@ from jpeft.errors import (
 from jpeft.train import manifest
 from jpeft.train import state as states
 from jpeft.train.checkpoint import Checkpoints
+from jpeft.train.sharding import made_mesh
 
 
 def make_state(step=0, rank=2, impl=None, tx=None):
@@ -429,3 +432,30 @@ def test_orbax_is_quiet(folder, capfd, caplog):
     assert capfd.readouterr() == ("", "")
     assert caplog.records == []
     assert logging.getLogger("absl").level == level
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+def test_a_state_that_lies_on_a_mesh(tmp_path):
+    """It is written by shards, and restored onto another mesh and onto one device, bit by bit, where that lies."""
+    def state(axes, seed):
+        key = jax.random.key(seed)
+        weights = {"w": jax.random.normal(key, (8, 6)), "b": jax.random.normal(key, (3,))}
+        if axes:
+            mesh = made_mesh(axes)
+            where = {"w": NamedSharding(mesh, P(*axes)), "b": NamedSharding(mesh, P())}
+            weights = jax.device_put(weights, where)
+        return states.create(weights, optax.adam(0.1), key)
+
+    saved = state({"fsdp": 4, "tensor": 2}, 1)
+    Checkpoints(tmp_path, base="b").save(3, saved, {"at": 1})
+    for axes in ({"fsdp": 4, "tensor": 2}, {"fsdp": 2}, {}):
+        like = state(axes, 0)
+        restored = Checkpoints(tmp_path, base="b").restore(like)
+        assert restored.step == 3
+        assert bits(restored.state) == bits(saved)
+        for found, wanted in zip(jax.tree.leaves(restored.state), jax.tree.leaves(like), strict=True):
+            assert found.sharding == wanted.sharding
+    bad = saved._replace(trainable={**saved.trainable, "b": saved.trainable["b"] * jnp.nan})
+    with pytest.raises(NonFiniteLossError, match="trainable/b is not finite after step 4"):
+        Checkpoints(tmp_path, base="b").save(4, bad, {"at": 2})
+    assert Checkpoints(tmp_path, base="b").steps() == [3]
