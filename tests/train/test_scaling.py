@@ -183,7 +183,7 @@ def test_skipping_without_end_is_an_error(scale, steps):
 
 @pytest.mark.parametrize("scale", ["static", 0, -1.0, float("inf"), True])
 def test_scales_that_are_none(scale):
-    with pytest.raises(TrainConfigError, match="loss_scale = .* must be 'dynamic', a number above 0, or None"):
+    with pytest.raises(TrainConfigError, match=r"loss_scale = .* must be 'dynamic', a number above 0, or None"):
         create({"w": jnp.ones(2)}, optax.sgd(0.1), KEY, loss_scale=scale)
     with pytest.raises(TrainConfigError, match="loss_scale = "):
         compiled_step(squares, optax.sgd(0.1), loss_scale=scale)
