@@ -177,13 +177,13 @@ def pure_step(
             metrics["learning_rate"] = jnp.asarray(schedule(done), jnp.float32)
         mean = None if ema is None else jax.tree.map(lambda e, t: (ema * e + (1 - ema) * t).astype(e.dtype), state.ema,
                                                      trainable)
-        new = TrainState(state.step + 1, trainable, opt_state, state.key, mean)
         if scale is not None:
             finite = jnp.isfinite(norm)
             metrics |= {"loss_scale": scale.value, "skipped": jnp.where(finite, 0.0, 1.0)}
-            kept = keep(finite, (trainable, opt_state, mean), (state.trainable, state.opt_state, state.ema))
-            new = TrainState(new.step, *kept[:2], state.key, kept[2], after(scale, finite, loss_scale))
-        return new, {**metrics, **extra}
+            trainable, opt_state, mean = keep(finite, (trainable, opt_state, mean),
+                                              (state.trainable, state.opt_state, state.ema))
+            scale = after(scale, finite, loss_scale)
+        return TrainState(state.step + 1, trainable, opt_state, state.key, mean, scale), {**metrics, **extra}
 
     return step
 
