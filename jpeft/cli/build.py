@@ -18,7 +18,7 @@ from jpeft.core import store, transform
 from jpeft.core.method import Method
 from jpeft.core.plan import Plan
 from jpeft.data.epochs import Batch, Epochs
-from jpeft.errors import RunError, WrongBaseError
+from jpeft.errors import RunError, TrainConfigError, WrongBaseError
 from jpeft.interop.tokenizer import Tokenizer
 from jpeft.train.optimizer import Optimizer, make
 from jpeft.train.state import TrainState, create
@@ -93,7 +93,7 @@ def training(loaded: Loaded, made: Epochs) -> Training:
     """Build the start of a run.
 
     Raises:
-        TrainConfigError: the optimiser's fields do not fit together.
+        TrainConfigError: the optimiser's fields do not fit together, or the loss scale does not fit the compute.
         ConfigError: as of `jpeft.cli.calibrating.calibration`.
     """
     config, plan = loaded.config, loaded.plan
@@ -103,8 +103,24 @@ def training(loaded: Loaded, made: Epochs) -> Training:
     apply = loaded.task.apply(loaded, plan)
     has_penalty = any(type(e.method).penalty is not Method.penalty for e in plan.entries)
     loss = loaded.task.loss(loaded, apply, (lambda t, f: transform.penalty(plan, t, f)) if has_penalty else None)
-    state = _state(config, trainable, tx)
-    return Training(state, frozen, apply, compiled_step(loss, tx, schedule=schedule, like=state), total, tx, notes)
+    state, t = _state(config, trainable, tx), config.train
+    _check_scale(loaded)
+    step = compiled_step(loss, tx, schedule=schedule, like=state, accumulate=t.accumulate, ema=t.ema,
+                         loss_scale=t.loss_scale, donate=not t.debug_nans)
+    return Training(state, frozen, apply, step, total, tx, notes)
+
+
+def _check_scale(loaded: Loaded) -> None:
+    """See that the loss is scaled where compute is float16, and only there."""
+    said, scale = loaded.config.model.compute_dtype, loaded.config.train.loss_scale
+    held = {str(leaf.dtype) for leaf in jax.tree.leaves(loaded.params)}
+    half = said == "float16" if said is not None else "float16" in held
+    if half and scale is None:
+        raise TrainConfigError("compute is float16, where small gradients are zero, and train.loss_scale is null; set "
+                               "train.loss_scale=dynamic, or model.compute_dtype=bfloat16")
+    if scale is not None and not half:
+        raise TrainConfigError(f"train.loss_scale = {scale} is for float16 compute, and this is "
+                               f"{said or ' and '.join(sorted(held))}; set it to null")
 
 
 def _fresh(loaded: Loaded, plan: Plan, made: Epochs) -> tuple[Any, Any, tuple[str, ...]]:
@@ -115,7 +131,9 @@ def _fresh(loaded: Loaded, plan: Plan, made: Epochs) -> tuple[Any, Any, tuple[st
 
 
 def _state(config: JobConfig, trainable: Any, tx: optax.GradientTransformation) -> TrainState:
-    return create(trainable, tx, jax.random.fold_in(jax.random.key(config.seed), 1))
+    t = config.train
+    return create(trainable, tx, jax.random.fold_in(jax.random.key(config.seed), 1), ema=t.ema is not None,
+                  loss_scale=t.loss_scale)
 
 
 def optimizer(config: JobConfig, total: int, trainable: Any,
@@ -125,7 +143,7 @@ def optimizer(config: JobConfig, total: int, trainable: Any,
     betas = None if t.betas is None else (t.betas[0], t.betas[1])
     rate = t.learning_rate or 0.0
     return make(Optimizer(t.optimizer, rate, t.schedule, t.warmup, t.weight_decay, t.clip, betas, t.eps,
-                          t.lora_plus, rates(config.rules, plan)), total, trainable, plan)
+                          t.lora_plus, rates(config.rules, plan), t.decay), total, trainable, plan)
 
 
 def trained(run: Path) -> tuple[Adapted, tuple[str, ...]]:

@@ -36,8 +36,10 @@ D = TypeVar("D", bound=Rows)
 S = TypeVar("S", bound=BaseModel)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SECTIONS = ("data.", "model.", "train.", "test.", "objective.")  # how a sentence about several fields begins
-# What may differ between the two halves of a resumed run: where it lies, on which devices, how often it is saved.
-_FREE = ("name", "output", "mesh", "train.save_every", "train.keep")
+# What may differ between the two halves of a resumed run: where it lies, on which devices, how often it is saved, and
+# who watches.
+_FREE = ("name", "output", "mesh", "train.save_every", "train.keep", "train.data_timeout", "train.debug_nans",
+         "train.profile", "train.tensorboard", "train.hooks")
 
 
 class JobConfig(Section, Generic[D]):
@@ -114,7 +116,7 @@ class JobConfig(Section, Generic[D]):
     def leaves(self) -> list[tuple[str, Any]]:
         """Return the dotted path and the value of every field but those that a resumed run is free to change."""
         return [(path, value) for path, value in _leaves(self.model_dump())
-                if not {path, path.partition(".")[0]}.intersection(_FREE)]
+                if not any(f"{path}.".startswith(f"{free}.") for free in _FREE)]
 
     def differences(self, other: JobConfig) -> list[str]:
         """Return the dotted paths of the fields in which a run cannot continue the other."""

@@ -35,7 +35,7 @@ def estimate(
     seq: Annotated[int, typer.Option("--seq", help="Tokens of a sequence.")] = 4096,
     dtype: Annotated[str, typer.Option("--dtype", help="Of compute and of the frozen parameters.")] = "bf16",
     remat: Annotated[str, typer.Option("--remat", help="What a layer keeps: none, dots, names, full.")] = "dots",
-    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, adam, sgd, lion or adafactor.")] = "adamw",
+    optimizer: Annotated[str, typer.Option("--optimizer", help="As train.optimizer of a job.")] = "adamw",
     attention: Annotated[str, typer.Option(
         "--attention", help="scores: those of a layer exist at a time, as in the models of jpeft; fused: a kernel "
                             "that holds none.")] = "scores",

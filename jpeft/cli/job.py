@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jpeft.cli import build, meshes, runs, tasks
+from jpeft.cli import build, meshes, runs, tasks, trackers
 from jpeft.cli.build import Loaded, Training
 from jpeft.cli.config import JobConfig
-from jpeft.cli.progress import ProgressBar, StepTimes
+from jpeft.cli.progress import StepTimes
 from jpeft.cli.runs import RunSummary
 from jpeft.cli.tasks.base import Adapted, Tested
 from jpeft.core import files, hosts, store, transform
@@ -26,12 +27,12 @@ from jpeft.core.identity import fingerprint
 from jpeft.core.sharding import mesh_of
 from jpeft.data.epochs import Epochs
 from jpeft.data.pipeline import stream
-from jpeft.errors import JpeftError, RunError
+from jpeft.errors import JpeftError, NonFiniteLossError, RunError, UncountedError
 from jpeft.interop.pretrained import save_pretrained
-from jpeft.train import report
+from jpeft.train import chips, report
 from jpeft.train.checkpoint import Checkpoints
+from jpeft.train.hlo import count_text
 from jpeft.train.loop import FitResult, fit
-from jpeft.train.metrics import JsonLines
 from jpeft.train.sharding import put_batch
 
 Say = Callable[[str], None]
@@ -43,25 +44,38 @@ class Compiled:
     Attributes:
         seconds: what compiling took.
         temp_bytes: what the largest program needs besides its inputs and outputs.
+        flops: products of a step on all devices together, on average; None if they cannot be counted.
     """
 
-    def __init__(self, step: Any, state: Any, frozen: Any, made: Epochs) -> None:
+    def __init__(self, step: Any, state: Any, frozen: Any, made: Epochs, debug_nans: bool = False) -> None:
         """Compile `step` for one batch of each width of `made`; on a mesh, batches go where `batch_shardings` says."""
         begin = time.perf_counter()
         self._mesh = mesh_of(state)
         first = {width: i for i, (_, width) in reversed(list(enumerate(made.epoch(0))))}
         # One after the other: each compiles on several threads anyway, and all at once need far more memory.
-        self._programs = {width: step.lower(state, frozen, self._put(made.make(0, i))).compile()
-                          for width, i in first.items()}
+        lowered = {width: step.lower(state, frozen, self._put(made.make(0, i))) for width, i in first.items()}
+        self._programs = {width: program.compile() for width, program in lowered.items()}
+        self._jitted = step if debug_nans else None  # only this is run again, operation by operation, after a NaN
+        self.flops = _flops(lowered, made)
         self.temp_bytes = max(p.memory_analysis().temp_size_in_bytes for p in self._programs.values())
         self.seconds = time.perf_counter() - begin
 
     def __call__(self, state: Any, frozen: Any, batch: Any) -> Any:
         """Run the program of the batch's width."""
-        return self._programs[batch["tokens"].shape[-1]](state, frozen, self._put(batch))
+        run = self._jitted or self._programs[batch["tokens"].shape[-1]]
+        return run(state, frozen, self._put(batch))
 
     def _put(self, batch: Any) -> Any:
         return batch if self._mesh is None else put_batch(batch, self._mesh)
+
+
+def _flops(lowered: Mapping[int, Any], made: Epochs) -> float | None:
+    """Return the products of a step as JAX hands it to the compiler, on average over an epoch."""
+    try:
+        of = {width: count_text(program.as_text(dialect="hlo")).total for width, program in lowered.items()}
+    except UncountedError:
+        return None
+    return statistics.fmean(of[width] for _, width in made.epoch(0))
 
 
 def run(job: JobConfig, command: str, resume: bool, say: Say, console: Console) -> RunSummary | str:
@@ -95,18 +109,22 @@ def _run(job: JobConfig, command: str, resume: bool, say: Say, console: Console,
     plan = loaded.plan
     data = build.load_data(job, loaded.tokenizer)
     made = build.batches(job, data["train"], shuffle=True)
-    start = build.training(loaded, made)
+    start, more = build.training(loaded, made), trackers.of(job) if hosts.first() else []
     say(str(explain(plan, shardings=meshes.places(job.mesh, plan, loaded.params))))
     where = () if mesh is None else meshes.told(mesh, loaded.params, start.state, start.frozen)
     for note in (*loaded.model.notes, *loaded.task.told(job, data, made), *start.notes, *where):
         say(note)
     with console.status(f"compiling for batches of {', '.join(map(str, made.widths))} tokens"):
-        compiled = Compiled(start.step, start.state, start.frozen, made)
+        compiled = Compiled(start.step, start.state, start.frozen, made, job.train.debug_nans)
     hosts.wait("all processes have looked at the folder")
     if not going_on and hosts.first():
         runs.begin(job, command)
     try:
-        return _train(loaded, start, compiled, made, data, say, console)
+        with jax.debug_nans(job.train.debug_nans):
+            return _train(loaded, start, compiled, made, data, say, console, more)
+    except FloatingPointError as error:
+        raise NonFiniteLossError(f"train.debug_nans: {' '.join(str(error).split())[:200]}; see where with "
+                                 "jpeft --traceback") from error
     except OSError as error:
         if isinstance(error, JpeftError):
             raise
@@ -115,7 +133,7 @@ def _run(job: JobConfig, command: str, resume: bool, say: Say, console: Console,
 
 
 def _train(loaded: Loaded, start: Training, compiled: Compiled, made: Epochs, data: dict[str, Any], say: Say,
-           console: Console) -> RunSummary | str:
+           console: Console, more: Sequence[Any]) -> RunSummary | str:
     job, plan, state, frozen, task = loaded.config, loaded.plan, start.state, start.frozen, loaded.task
     t, folder = job.train, job.folder
     checkpoints = Checkpoints(folder / runs.CHECKPOINTS, keep=t.keep, base=fingerprint(loaded.params),
@@ -140,9 +158,8 @@ def _train(loaded: Loaded, start: Training, compiled: Compiled, made: Epochs, da
             save_every=t.save_every or every, checkpoints=checkpoints,
             evaluate=lambda trainable: task.evaluate(loaded, start.apply, trainable, frozen, build.once(held)),
             on_best=lambda trainable, _, n: store.save(folder / runs.ADAPTER, plan, trainable, frozen),
-            hooks=(*((JsonLines(folder / runs.METRICS), ProgressBar(console, task.monitor, tokens))
-                     if hosts.first() else ()), times),
-            monitor=task.monitor, mode=task.mode)
+            hooks=(*(trackers.own(job, console, task.monitor, tokens) if hosts.first() else ()), *more, times),
+            monitor=task.monitor, mode=task.mode, patience=t.patience, data_timeout=t.data_timeout)
     finally:
         rows.close()
     seconds = time.perf_counter() - begin
@@ -150,6 +167,11 @@ def _train(loaded: Loaded, start: Training, compiled: Compiled, made: Epochs, da
         report.plot(folder / runs.METRICS, folder / runs.PLOT)
     if result.stopped == "interrupted":
         return result.message
+    if result.stopped == "early":
+        notes = (*notes, result.message)
+    if skipped := 0 if result.state.scale is None else int(result.state.scale.skipped):
+        notes = (*notes, f"{skipped} of {int(result.state.step)} steps were skipped, as their float16 gradients were "
+                         "not finite")
     best = build.load_adapter(loaded, folder / runs.ADAPTER, start.apply)
     with console.status("testing"):
         test = task.test(best, data["test"], compare=True)
@@ -184,6 +206,10 @@ def _summary(loaded: Loaded, start: Training, compiled: Compiled, result: FitRes
     # A step is reported when the one after it has begun: the first time of a run holds two of them.
     steady = times.seconds[1:] or times.seconds
     median = statistics.median(steady) if steady else None
+    device = jax.devices()[0].device_kind
+    chip, devices = chips.of_kind(device), 1 if job.mesh is None else math.prod(job.mesh.axes.values())
+    mfu = None if chip is None or median is None or compiled.flops is None else (
+        compiled.flops / (median * devices * chips.CHIPS[chip].flops))
     return RunSummary(
         **fields, name=str(job.name), methods=runs.describe(job.rules), learning_rate=job.train.learning_rate or 0.0,
         task=tasks.name(job), test=test.after, before=test.before, baseline=test.baseline,
@@ -191,7 +217,8 @@ def _summary(loaded: Loaded, start: Training, compiled: Compiled, result: FitRes
         model_bytes=sum(int(np.asarray(x.nbytes)) for x in jax.tree.leaves(loaded.params)),
         ms_per_step=None if median is None else 1000 * median, temp_bytes=compiled.temp_bytes,
         tokens_per_second=None if median is None else made.per_batch() / median,
-        compile_seconds=compiled.seconds, device=jax.devices()[0].device_kind,
+        step_flops=compiled.flops, mfu=mfu,
+        compile_seconds=compiled.seconds, device=device,
         **({} if job.mesh is None else {"mesh": job.mesh.axes, "processes": jax.process_count(), "device_bytes": {
             name: here for name, (here, _) in meshes.held(loaded.params, result.state, start.frozen).items()}}))
 

@@ -49,6 +49,8 @@ def train(
     config: ConfigFile, settings: Settings = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in its folder, if there is one.")] = False,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run's folder.")] = None,
+    hook: Annotated[list[str] | None, typer.Option(
+        "--hook", metavar="MODULE:CLASS", help="Another tracker, as train.hooks; may be given often.")] = None,
     distributed: Annotated[bool, typer.Option(
         "--distributed", help="As one of the processes of SLURM, Kubernetes, MPI, a TPU pod or jpeft launch.")] = False,
 ) -> None:
@@ -57,7 +59,8 @@ def train(
         from jpeft.cli import meshes
 
         meshes.join()
-    _train(config, settings or [], resume, name)
+    more = [f"train.hooks=[{', '.join(map(repr, hook))}]"] if hook else []
+    _train(config, [*(settings or []), *more], resume, name)
 
 
 def _train(config: Path, settings: list[str], resume: bool, name: str | None) -> None:

@@ -51,7 +51,8 @@ class ProgressBar(Hook):
 
     def step(self, n: int, metrics: Mapping[str, float], seconds: float, examples: int) -> None:
         """Move the bar."""
-        self._recent.append((metrics["loss"], metrics.get("correct", 0.0), examples, seconds))
+        if not metrics.get("skipped"):
+            self._recent.append((metrics["loss"], metrics.get("correct", 0.0), examples, seconds))
         self._bar.update(self._task, completed=n, shown=self._shown())
 
     def evaluated(self, n: int, metrics: Mapping[str, float]) -> None:

@@ -77,7 +77,7 @@ class Request:
                              remat=self.remat)
         methods = to_methods(self.rules)
         return Job(model.placed(places(methods)), methods, self.mesh, self.batch, self.length,
-                   optimizer.Optimizer(self.optimizer, 1e-4), self.attention, tokens_for(methods, False))
+                   optimizer.Optimizer(self.optimizer, 1e-4, "constant"), self.attention, tokens_for(methods, False))
 
 
 def model_config(text: str) -> tuple[dict[str, Any], str]:

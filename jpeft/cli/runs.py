@@ -15,6 +15,7 @@ from jpeft.train import report
 
 CONFIG, METRICS, PLOT, SUMMARY = "config.yaml", "metrics.jsonl", "plot.png", "summary.json"
 ADAPTER, CHECKPOINTS, SAMPLES, MODEL = "adapter", "checkpoints", "samples.md", "model"
+TENSORBOARD, PROFILE = "tensorboard", "profile"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,8 @@ class RunSummary(report.Summary):
         model_bytes: size of the base parameters.
         ms_per_step: median time of a training step; None if none was timed.
         tokens_per_second: trained on in a step of that time, padding not counted.
+        step_flops: products of such a step in all, recomputation counted; None if they cannot be counted.
+        mfu: their share of the peak that the devices have in bfloat16; None where that is not known.
         temp_bytes: what a training step of the largest batch needs besides its inputs and outputs.
         compile_seconds: time of compiling the training step, for all widths together.
         device: what it ran on.
@@ -52,6 +55,8 @@ class RunSummary(report.Summary):
     model_bytes: int = 0
     ms_per_step: float | None = None
     tokens_per_second: float | None = None
+    step_flops: float | None = None
+    mfu: float | None = None
     temp_bytes: int = 0
     compile_seconds: float = 0.0
     device: str = ""

@@ -53,6 +53,18 @@ class ModelConfig(Section):
         return self
 
 
+class ProfileConfig(Section):
+    """Steps that JAX's profiler watches; the trace is in the folder `profile` of the run.
+
+    Attributes:
+        start: the first.
+        steps: how many.
+    """
+
+    start: Count = 10
+    steps: Count = 5
+
+
 class TrainConfig(Section):
     """How it trains.
 
@@ -60,35 +72,55 @@ class TrainConfig(Section):
         epochs: passes over the training rows; null: 2, or as many as `steps` take.
         steps: updates, in place of epochs.
         batch_size: rows of a batch.
+        accumulate: parts that each batch is worked through in, one after the other, with the memory of one.
         optimizer: its name.
         learning_rate: its peak; null: what the first rule's method recommends.
-        schedule: how it falls after the warm-up.
+        schedule: how it falls after the warm-up; "wsd": at the end alone.
+        decay: of "wsd", share of all steps (below 1) or number of steps in which it falls; null: 0.2.
         warmup: share of all steps (below 1) or number of steps in which it rises.
         weight_decay: on matrices, not on vectors (`jpeft.optim.decay_mask`).
         clip: largest norm of the trainable gradients; null: no limit.
         betas: of Adam and Lion, and SGD's momentum; null: the optimiser's own.
         eps: of Adam.
         lora_plus: how many times larger the learning rate of LoRA's B is; null: it is not.
+        ema: decay of an average of the parameters, which is then what is evaluated and kept; null: none.
+        loss_scale: for float16 compute, "dynamic" or a number; null: none.
+        patience: stop after so many evaluations that are no better than the best; null: never.
         eval_every: steps between evaluations; null: once per epoch.
         save_every: steps between checkpoints; null: as often as evaluations.
         keep: checkpoints that are kept.
+        data_timeout: seconds that a batch may take to come; null: any time.
+        debug_nans: stop where a NaN arises, at the price of speed (`jax_debug_nans`).
+        profile: steps to profile; null: none.
+        tensorboard: write metrics for TensorBoard too, to the folder `tensorboard` of the run.
+        hooks: more trackers, `module:Class` each, made without arguments; see `jpeft.train.hooks`.
     """
 
     epochs: Count | None = None
     steps: Count | None = None
     batch_size: Count = 32
-    optimizer: Literal["adamw", "adam", "sgd", "lion", "adafactor"] = "adamw"
+    accumulate: Count = 1
+    optimizer: Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon", "schedule_free"] = "adamw"
     learning_rate: Positive | None = None
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    decay: Rate | Count | None = None
     warmup: NotNegative | Steps = 0.1
     weight_decay: NotNegative = 0.01
     clip: Positive | None = 1.0
     betas: list[float] | None = None
     eps: Positive = 1e-8
     lora_plus: Positive | None = None
+    ema: Rate | None = None
+    loss_scale: Literal["dynamic"] | Positive | None = None
+    patience: Count | None = None
     eval_every: Count | None = None
     save_every: Count | None = None
     keep: Count = 2
+    data_timeout: Positive | None = None
+    debug_nans: bool = False
+    profile: ProfileConfig | None = None
+    tensorboard: bool = False
+    hooks: list[str] = pydantic.Field(default_factory=list)
 
     @pydantic.field_validator("betas")
     @classmethod
@@ -102,6 +134,18 @@ class TrainConfig(Section):
         if self.epochs is not None and self.steps is not None:
             raise ValueError(f"train.epochs = {self.epochs} and train.steps = {self.steps} are both set; drop one, or "
                              "set it to null")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> TrainConfig:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"train.accumulate = {self.accumulate} does not divide train.batch_size = "
+                             f"{self.batch_size}; choose one that does")
+        if self.optimizer == "schedule_free" and self.ema is not None:
+            raise ValueError("train.optimizer = schedule_free keeps an average of its own; set train.ema to null")
+        if self.loss_scale is not None and self.debug_nans:
+            raise ValueError("train.loss_scale skips steps whose gradients are not finite, and train.debug_nans stops "
+                             "there; drop one")
         return self
 
     def total(self, per_epoch: int) -> int:

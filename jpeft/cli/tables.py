@@ -83,8 +83,17 @@ def result(s: RunSummary) -> list[str]:
         f"peak memory     {memory}; a step's temporaries {size(s.temp_bytes)}",
         f"time            {s.seconds:.1f} s, {many}{speed}; "
         f"{s.compile_seconds:.1f} s of compiling before",
+        *([] if s.step_flops is None or not s.ms_per_step else [f"speed           {_speed(s)}"]),
         *([f"mesh            {', '.join(f'{axis}={n}' for axis, n in s.mesh.items())}, {s.processes} "
            f"process{'es' if s.processes > 1 else ''}; each device holds "
            + ", ".join(f"{name} {size(count)}" for name, count in s.device_bytes.items())] if s.mesh else []),
         *(f"note            {note}" for note in s.notes),
     ]
+
+
+def _speed(s: RunSummary) -> str:
+    """Say how fast a step is: tokens, products, and their share of what the device can do."""
+    tokens = "" if s.tokens_per_second is None else f"{s.tokens_per_second:,.0f} tokens/s, "
+    per_second = 1000 * (s.step_flops or 0.0) / (s.ms_per_step or 1.0)
+    share = f"the peak of {s.device} is not known" if s.mfu is None else f"{100 * s.mfu:.1f} % MFU of bfloat16's peak"
+    return f"{tokens}{per_second:.3g} FLOP/s; {share}"

@@ -1,9 +1,10 @@
 """Training: a state, a compiled step, a thin loop around them, and checkpoints that outlive a crash.
 
 Reading order: `state` (what changes from step to step) with `sharding` (where it lies), `objectives`, `losses` and
-`optimizer` (what the step needs), `step` (the pure function, and compiled), `checkpoint` with `manifest` (how a state
-gets to disk and back), `hooks` (who may watch), `loop` (which ties them together), then `evaluate`, `metrics`, `memory`
-and `report`, which stand alone.
+`optimizer` (what the step needs), `step` (the pure function, and compiled) with `scaling` (of the loss, for float16),
+`checkpoint` with `manifest` (how a state gets to disk and back), `hooks` (who may watch), `loop` (which ties them
+together) with `stall` (batches in time), then `evaluate`, `metrics`, `tensorboard`, `profile`, `memory` and `report`,
+which stand alone.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 `<folder>/<step>/` holds the arrays, written by Orbax, and last of all `jpeft.json`, the manifest (`manifest.py`). A
 folder without a manifest is no checkpoint; a checkpoint whose files differ from its manifest is not used. Old ones go
-after the new one is complete. So whenever the process dies, the newest complete checkpoint is whole.
+after the new one is complete. So whenever the process dies, the newest complete checkpoint is whole. All of this may
+happen beside the training, of which a copy on the host is written.
 
 On a mesh each process writes its own shards and reads those that it needs: other numbers of devices and processes can
 restore what some have saved. All processes call `save` and `restore`; the first one alone writes the manifest, once all
@@ -11,6 +12,7 @@ shards are there, and removes.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import logging
 import os
@@ -100,27 +102,34 @@ class Checkpoints:
         self.extra: dict[str, Any] = {}
         self._keep, self._base, self._config = keep, base, config_hash
         self._damaged: set[int] = set()
+        self._writing: concurrent.futures.Future[None] | None = None
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, rising, without those that `restore` found damaged."""
         return [s for s in self._numbered() if s not in self._damaged and (self._at(s) / manifest.NAME).is_file()]
 
     def latest(self) -> int | None:
-        """Return the step of the newest complete checkpoint, or None."""
+        """Return the step of the newest complete checkpoint, or None, once nothing is being written."""
+        if self._writing is not None:
+            concurrent.futures.wait([self._writing])
         return max(self.steps(), default=None)
 
     def save(
-        self, step: int, state: TrainState, data_position: Any = None, extra: Mapping[str, Any] | None = None
+        self, step: int, state: TrainState, data_position: Any = None, extra: Mapping[str, Any] | None = None, *,
+        wait: bool = True,
     ) -> None:
         """Write a checkpoint, then remove the oldest beyond `keep`. Returns when it is complete and on the disk.
 
-        Saving again what the newest checkpoint holds does nothing.
+        Saving again what the newest checkpoint holds does nothing. One is written at a time: a save waits for the one
+        before, and raises what that one did.
 
         Args:
             step: its number.
             state: the training state; never the base parameters.
             data_position: JSON data, of `get_state` of the batches.
             extra: more JSON data.
+            wait: return when it is complete; if not, when `state` is copied and may be donated: it is written in a
+                thread, and `wait()` says when it is complete. Where several processes train, all wait in any case.
 
         Raises:
             NonFiniteLossError: a trained parameter is NaN or infinite, or the optimiser's state has a NaN.
@@ -128,6 +137,8 @@ class Checkpoints:
             CheckpointWriteError: the disk is full or the folder cannot be written; older checkpoints are intact.
             TrainConfigError: `data_position` or `extra` is no JSON.
         """
+        self.wait()
+        wait = wait or hosts.several()
         found, arrays = manifest.unpack(state)
         record = {
             "step": step, "base": self._base, "config": self._config,
@@ -137,16 +148,27 @@ class Checkpoints:
         }
         if self._has(step, manifest.normal(record, "the state")):
             return
-        try:
-            self._write(step, arrays, record)
-        except Exception as error:
-            if hosts.first():
-                self._remove_drafts()
-                if not (self._at(step) / manifest.NAME).is_file():
-                    shutil.rmtree(self._at(step), ignore_errors=True)
-            raise CheckpointWriteError(
-                f"the checkpoint of step {step} cannot be written to {self.folder} ({_reason(error)}); free space or "
-                f"fix the folder, then resume; {self._intact()}") from error
+        with self._explained(step), contextlib.ExitStack() as stack:
+            # JAX gives no buffer away that Orbax has a view of, as it has of what lies on a mesh.
+            own = arrays if wait else [np.array(x) if isinstance(x, np.ndarray) else x for x in arrays]
+            self._begin(step, stack, own)
+            begun = stack.pop_all()
+        if wait:
+            self._finish(step, begun, record)
+            return
+        writer = concurrent.futures.ThreadPoolExecutor(1, "jpeft-checkpoint")
+        self._writing = writer.submit(self._finish, step, begun, record)
+        writer.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Return when nothing is being written.
+
+        Raises:
+            CheckpointWriteError: what was being written since the last `save` or `wait` could not be.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def restore(self, like_state: TrainState) -> Restored | None:
         """Return the newest checkpoint that is whole, or None if there is none at all.
@@ -216,25 +238,45 @@ class Checkpoints:
                     f"the gradients; {self._intact()}")
             yield array
 
-    def _write(self, step: int, arrays: list[Stored], record: dict[str, Any]) -> None:
+    @contextlib.contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        """Clear away what a failed write has left, and say what failed."""
+        try:
+            yield
+        except Exception as error:
+            if hosts.first():
+                self._remove_drafts()
+                if not (self._at(step) / manifest.NAME).is_file():
+                    shutil.rmtree(self._at(step), ignore_errors=True)
+            raise CheckpointWriteError(
+                f"the checkpoint of step {step} cannot be written to {self.folder} ({_reason(error)}); free space or "
+                f"fix the folder, then resume; {self._intact()}") from error
+
+    def _begin(self, step: int, stack: contextlib.ExitStack, arrays: list[Stored]) -> None:
+        """Hand the arrays to Orbax, which is done with them when `stack` is closed."""
         if hosts.first():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_drafts()
             if self._at(step).exists():
                 self._remove(step)
         hosts.wait("the folder of checkpoints is ready")
-        with _orbax(self.folder) as manager:
-            items = {f"{i:06d}": array for i, array in enumerate(arrays) if array.size}
-            manager.save(step, args=ocp.args.Composite(**{ARRAYS: ocp.args.StandardSave(items)}), force=True)
-        hosts.wait("the shards are written")
-        self._damaged.discard(step)
-        if hosts.first():
-            manifest.write(self._at(step), {**record, "files": manifest.hashes(self._at(step), sync=True)})
-            kept = self.steps()[-self._keep:]
-            for old in self._numbered():
-                if old not in kept:
-                    self._remove(old)
-        hosts.wait("the checkpoint is complete")
+        manager = stack.enter_context(_orbax(self.folder, background=True))
+        items = {f"{i:06d}": array for i, array in enumerate(arrays) if array.size}
+        manager.save(step, args=ocp.args.Composite(**{ARRAYS: ocp.args.StandardSave(items)}), force=True)
+
+    def _finish(self, step: int, begun: contextlib.ExitStack, record: dict[str, Any]) -> None:
+        """Wait for Orbax, make the folder a checkpoint, and remove the old ones."""
+        with self._explained(step):
+            begun.close()
+            hosts.wait("the shards are written")
+            self._damaged.discard(step)
+            if hosts.first():
+                manifest.write(self._at(step), {**record, "files": manifest.hashes(self._at(step), sync=True)})
+                kept = self.steps()[-self._keep:]
+                for old in self._numbered():
+                    if old not in kept:
+                        self._remove(old)
+            hosts.wait("the checkpoint is complete")
 
     def _read(self, step: int, wanted: list[Spec], like: TrainState) -> tuple[dict[str, Any], list[Stored]]:
         folder = self._at(step)
@@ -277,7 +319,7 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def _orbax(folder: Path) -> Iterator[Any]:
+def _orbax(folder: Path, background: bool = False) -> Iterator[Any]:
     """Open Orbax on a folder, without its log: what fails is raised, and said once."""
     log = logging.getLogger("absl")
     level, unraisable = log.level, sys.unraisablehook
@@ -292,7 +334,7 @@ def _orbax(folder: Path) -> Iterator[Any]:
     try:
         # Where processes are told to stop, Orbax needs the times of the steps that are there.
         options = ocp.CheckpointManagerOptions(
-            enable_async_checkpointing=False, create=False, lightweight_initialize=not hosts.several())
+            enable_async_checkpointing=background, create=False, lightweight_initialize=not hosts.several())
         with ocp.CheckpointManager(folder, options=options) as manager:
             yield manager
     except Exception:

@@ -41,6 +41,20 @@ CHIPS: Mapping[str, Chip] = {
 }
 
 
+_KINDS = {"H100": "NVIDIA H100 80GB HBM3", "H200": "NVIDIA H200", "B200": "NVIDIA B200", "v5e": "TPU v5 lite",
+          "v5p": "TPU v5", "v6e": "TPU v6 lite"}
+
+
+def of_kind(device_kind: str) -> str | None:
+    """Return the name of the chip that JAX calls `device_kind`; None: it is none of the table.
+
+    Example:
+        >>> of_kind("NVIDIA H100 80GB HBM3"), of_kind("cpu")
+        ('H100', None)
+    """
+    return next((name for name, kind in _KINDS.items() if kind.lower() == device_kind.lower()), None)
+
+
 class Bound(NamedTuple):
     """Seconds that a step takes at least on a chip, each part as if the others were free.
 

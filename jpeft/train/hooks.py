@@ -14,10 +14,25 @@ if TYPE_CHECKING:
 class Hook:
     """What `fit` calls; each method does nothing here. A hook need not inherit and may leave any of them out.
 
-    The order is `start`, then `step` for each step (one step late, so that the device never waits), with `evaluated`,
-    `saving` and `saved` where they are due, then `end` if the run ended or was interrupted, and `close` in any case.
+    The order is `start`, then `step` for each step (one step late, so that the device never waits), with `evaluated`
+    and `saving` where they are due, then `end` if the run ended or was interrupted, and `close` in any case. `saved`
+    comes before the next `saving`, or before `end`, as the training goes on while a checkpoint is written.
     When `evaluated`, `saving` or `saved` are called for step `n`, `step` has been called for all steps up to `n`. What
     a hook raises ends the run.
+
+    Example: another tracker, for `fit(hooks=[Tracker()])`, or from a file `my_tracker.py` in the working directory for
+    `jpeft train CONFIG --hook my_tracker:Tracker`.
+
+        >>> class Tracker:
+        ...     def __init__(self, send=print):
+        ...         self.send = send
+        ...     def step(self, n, metrics, seconds, examples):
+        ...         if n % 100 == 0:
+        ...             self.send(n, {"loss": metrics["loss"], "rows_per_second": examples / seconds})
+        ...     def evaluated(self, n, metrics):
+        ...         self.send(n, {f"eval/{name}": value for name, value in metrics.items()})
+        >>> Tracker().step(200, {"loss": 0.5}, 0.25, 8)
+        200 {'loss': 0.5, 'rows_per_second': 32.0}
     """
 
     def start(self, total: int, at: int) -> None:

@@ -14,13 +14,24 @@ import jax
 import numpy as np
 
 from jpeft.core import hosts
-from jpeft.errors import BatchesError, CheckpointOrderError, NonFiniteLossError, TrainConfigError, nearest
+from jpeft.errors import (
+    BatchesError,
+    CheckpointOrderError,
+    CheckpointWriteError,
+    NonFiniteLossError,
+    TrainConfigError,
+    nearest,
+)
 from jpeft.train.checkpoint import Checkpoints
 from jpeft.train.hooks import Hooks
+from jpeft.train.scaling import LEAST
+from jpeft.train.stall import fetch
 from jpeft.train.state import TrainState
 from jpeft.train.step import Step
 
 Row = dict[str, Any]
+SKIPS = 20  # steps that may be skipped in a row, for gradients that are not finite
+_EARLY = "early"
 
 
 class Best(NamedTuple):
@@ -37,14 +48,14 @@ class FitResult(NamedTuple):
         state: after the last step that was done.
         best: the best evaluation, those before a resume included; None without evaluations.
         history: the rows of this process, as in metrics.jsonl: one per step, one per evaluation.
-        stopped: "finished", or "interrupted" by a signal.
+        stopped: "finished", "early" where evaluations no longer got better, or "interrupted" by a signal.
         message: one line: where it stopped, what is saved and how to go on.
     """
 
     state: TrainState
     best: Best | None
     history: list[Row]
-    stopped: Literal["finished", "interrupted"]
+    stopped: Literal["finished", "early", "interrupted"]
     message: str
 
 
@@ -60,7 +71,8 @@ def fit(
     evaluate: Callable[[Any], Mapping[str, float]] | None = None, eval_every: int | None = None,
     save_every: int | None = None, checkpoints: Checkpoints | None = None,
     on_best: Callable[[Any, dict[str, float], int], None] | None = None, hooks: Sequence[Any] = (),
-    monitor: str = "accuracy", mode: Literal["max", "min"] = "max",
+    monitor: str = "accuracy", mode: Literal["max", "min"] = "max", patience: int | None = None,
+    data_timeout: float | None = None,
 ) -> FitResult:
     """Train up to step `total_steps`; evaluations and checkpoints come at fixed steps and after the last.
 
@@ -72,6 +84,7 @@ def fit(
             state = restored.state
         fit(step, state, frozen, batches, checkpoints=checkpoints, ...)
 
+    A checkpoint is written in a thread, while the training goes on; the next one and the end of the run wait for it.
     SIGINT (Ctrl-C) and SIGTERM let the step finish, save, and return `stopped="interrupted"`; a second one acts as if
     there were no loop. Where several processes train together, one of them that is told to stop tells the others, and
     all stop after the same step.
@@ -91,10 +104,13 @@ def fit(
         hooks: see `jpeft.train.hooks.Hook`.
         monitor: the metric of `evaluate` that says which evaluation is best.
         mode: "max" or "min": whether more of it or less is better.
+        patience: stop after so many evaluations in a row none of which is better than the best; None: never.
+        data_timeout: seconds that a batch may take to come; None: any time.
 
     Raises:
-        NonFiniteLossError: a loss, a gradient norm or an evaluation is NaN or infinite. Nothing of it is saved.
-        BatchesError: the batches end too early, or cannot say where they stand.
+        NonFiniteLossError: a loss, a gradient norm or an evaluation is NaN or infinite. Nothing of it is saved. With a
+            loss scale: after 20 steps in a row that were skipped for that, or one at the smallest scale.
+        BatchesError: the batches end too early, do not come in time, or cannot say where they stand.
         CheckpointOrderError: the folder of checkpoints holds another step than the state is at.
         CheckpointWriteError: a checkpoint cannot be written.
         TrainConfigError: an argument makes no sense.
@@ -111,15 +127,18 @@ def fit(
         ('finished', 50, 1.0)
     """
     at = int(state.step)
-    _check(at, total_steps, eval_every, save_every, mode, checkpoints, batches)
-    run = _Run(Hooks(hooks), checkpoints, monitor, mode)
+    _check(at, total_steps, {"eval_every": eval_every, "save_every": save_every, "patience": patience,
+                             "data_timeout": data_timeout}, mode, checkpoints, batches)
+    if patience is not None and evaluate is None:
+        raise TrainConfigError(f"patience = {patience} evaluations and there is no evaluate; pass it, or drop patience")
+    run = _Run(Hooks(hooks), checkpoints, monitor, mode, patience)
     late: _Late | None = None
-    stop, n = None, at
+    stop, n = run.tired(), at
     try:
         with _Signals() as signals:
             run.hooks.tell("start", total_steps, at)
-            for n in range(at + 1, total_steps + 1):
-                batch = _next(batches, n, total_steps)
+            for n in range(at + 1, at + 1 if stop else total_steps + 1):
+                batch = _next(batches, n, total_steps, data_timeout)
                 state, metrics = step(state, frozen, batch)
                 if late is not None:
                     run.report(late)
@@ -132,14 +151,18 @@ def fit(
                 late = None
                 if judging and evaluate is not None:
                     run.judge(n, evaluate(state.evaluated), state.evaluated, on_best)
-                stop = agreed or signals.caught
+                stop = agreed or signals.caught or run.tired()
                 if saving or stop:
                     run.save(n, state, batches)
                 if stop:
                     break
+            run.settle()
             result = run.result(state, n, total_steps, stop)
             run.hooks.tell("end", result)
             return result
+    except BaseException as error:
+        run.abandon(error)
+        raise
     finally:
         run.hooks.tell("close")
 
@@ -155,18 +178,27 @@ class _Late(NamedTuple):
 class _Run:
     """What a run knows besides the state."""
 
-    def __init__(self, hooks: Hooks, checkpoints: Checkpoints | None, monitor: str, mode: str) -> None:
+    def __init__(self, hooks: Hooks, checkpoints: Checkpoints | None, monitor: str, mode: str,
+                 patience: int | None) -> None:
         self.hooks, self.checkpoints, self.monitor, self.mode = hooks, checkpoints, monitor, mode
-        kept = checkpoints.extra.get("best") if checkpoints is not None else None
+        self.patience, self._skips = patience, 0
+        held = checkpoints.extra if checkpoints is not None else {}
+        kept = held.get("best")
         self.best = Best(kept["step"], kept["metrics"]) if kept else None
+        self._worse = int(held.get("worse", 0))
         self.history: list[Row] = []
+        self._writing: int | None = None
         self._clock = time.perf_counter()
 
     def report(self, late: _Late) -> None:
         """Fetch the metrics of a step, which waits for it, check them and pass them on."""
         n, metrics, rows = late
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self._check_finite(n, {name: values[name] for name in ("loss", "grad_norm") if name in values}, "after")
+        if values.get("skipped"):
+            self._skip(n, values["loss_scale"])
+        else:
+            self._skips = 0
+            self._check_finite(n, {name: values[name] for name in ("loss", "grad_norm") if name in values}, "after")
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         self.history.append({"step": n, **values})
@@ -185,18 +217,41 @@ class _Run:
         if self.best is None or sign * metrics[self.monitor] > sign * self.best.metrics[self.monitor]:
             if on_best is not None:
                 on_best(trainable, metrics, n)
-            self.best = Best(n, metrics)
+            self.best, self._worse = Best(n, metrics), 0
+        else:
+            self._worse += 1
         self._clock = time.perf_counter()
 
+    def tired(self) -> str | None:
+        """Say whether too many evaluations were no better than the best."""
+        return _EARLY if self.patience is not None and self._worse >= self.patience else None
+
     def save(self, n: int, state: TrainState, batches: Any) -> None:
-        """Write a checkpoint, where there is a place for it."""
+        """Begin to write a checkpoint, where there is a place for it; the training goes on meanwhile."""
         if self.checkpoints is None:
             return
+        self.settle()
         self.hooks.tell("saving", n)
         best = None if self.best is None else self.best._asdict()
-        self.checkpoints.save(n, state, batches.get_state(), {"best": best})
-        self.hooks.tell("saved", n)
+        self.checkpoints.save(n, state, batches.get_state(), {"best": best, "worse": self._worse},
+                              wait=False)
+        self._writing = n
         self._clock = time.perf_counter()
+
+    def settle(self) -> None:
+        """Wait until the checkpoint that is being written is complete, and say so."""
+        n, self._writing = self._writing, None
+        if self.checkpoints is not None and n is not None:
+            self.checkpoints.wait()
+            self.hooks.tell("saved", n)
+
+    def abandon(self, error: BaseException) -> None:
+        """Let what is being written end before the run does; a second error goes with the first."""
+        try:
+            if self.checkpoints is not None:
+                self.checkpoints.wait()
+        except CheckpointWriteError as late:
+            error.add_note(str(late))
 
     def result(self, state: TrainState, n: int, total: int, stop: str | None) -> FitResult:
         """Return the result, with one line that says how the run ended."""
@@ -204,19 +259,33 @@ class _Run:
         if stop is None or n == total:
             text = f"finished {total} steps" + ("" if where is None else f"; the last checkpoint is in {where}")
             return FitResult(state, self.best, self.history, "finished", text)
+        if stop == _EARLY and self.best is not None:
+            text = (f"stopped early after step {n} of {total}: {self.monitor} has not got better in {self._worse} "
+                    f"evaluations since step {self.best.step}")
+            return FitResult(state, self.best, self.history, "early", text)
         saved = "and nothing is saved; pass checkpoints" if where is None else f"saved in {where}; resume to go on"
         text = f"stopped by {stop} after step {n} of {total}, {saved}"
         return FitResult(state, self.best, self.history, "interrupted", text)
+
+    def _skip(self, n: int, scale: float) -> None:
+        """Count a step that was skipped; raise where it goes on like this."""
+        self._skips += 1
+        if self._skips >= SKIPS or scale <= LEAST:
+            raise NonFiniteLossError(
+                f"the gradients are not finite after step {n}, {self._skips} in a row, the last with a loss scale of "
+                f"{scale:g}; compute in bfloat16 or float32, lower the learning rate or warm up longer; {self._left()}")
 
     def _check_finite(self, n: int, values: Mapping[str, float], when: str) -> None:
         bad = {name: value for name, value in values.items() if not math.isfinite(value)}
         if bad:
             said = " and ".join(f"{name} is {value}" for name, value in bad.items())
-            kept = None if self.checkpoints is None else self.checkpoints.latest()
-            left = "there is no checkpoint" if self.checkpoints is None or kept is None else (
-                f"the last good checkpoint, of step {kept}, is in {self.checkpoints.folder}")
-            raise NonFiniteLossError(
-                f"{said} {when} step {n}; lower the learning rate, warm up longer or clip the gradients; {left}")
+            raise NonFiniteLossError(f"{said} {when} step {n}; lower the learning rate, warm up longer or clip the "
+                                     f"gradients; {self._left()}")
+
+    def _left(self) -> str:
+        kept = None if self.checkpoints is None else self.checkpoints.latest()
+        return "there is no checkpoint" if self.checkpoints is None or kept is None else (
+            f"the last good checkpoint, of step {kept}, is in {self.checkpoints.folder}")
 
 
 class _Signals:
@@ -253,12 +322,12 @@ class _Signals:
 
 
 def _check(
-    at: int, total: int, eval_every: int | None, save_every: int | None, mode: str, checkpoints: Checkpoints | None,
-    batches: Any,
+    at: int, total: int, counts: Mapping[str, float | None], mode: str, checkpoints: Checkpoints | None, batches: Any,
 ) -> None:
-    for name, value in {"total_steps": total, "eval_every": eval_every, "save_every": save_every}.items():
-        if value is not None and value < 1:
-            raise TrainConfigError(f"{name} = {value} must be 1 or more")
+    for name, value in {"total_steps": total, **counts}.items():
+        least = 1 if name != "data_timeout" else 0
+        if value is not None and (value < least or value == 0):
+            raise TrainConfigError(f"{name} = {value} must be {'1 or more' if least else 'above 0'}")
     if mode not in ("max", "min"):
         raise TrainConfigError(f"mode = {mode!r} must be 'max' or 'min'")
     if at > total:
@@ -280,9 +349,9 @@ def _due(n: int, every: int | None, total: int) -> bool:
     return n == total or (every is not None and n % every == 0)
 
 
-def _next(batches: Any, n: int, total: int) -> Any:
+def _next(batches: Any, n: int, total: int, seconds: float | None) -> Any:
     try:
-        return next(batches)
+        return next(batches) if seconds is None else fetch(batches, seconds)
     except StopIteration as error:
         raise BatchesError(f"the batches end before step {n} of {total}; give an endless stream") from error
 

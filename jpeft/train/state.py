@@ -10,6 +10,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from jpeft.errors import LossFunctionError
+from jpeft.train.scaling import LossScale, Scaling, begin
 from jpeft.train.sharding import like_parameters, replicated
 
 
@@ -22,6 +23,7 @@ class TrainState(NamedTuple):
         opt_state: the optimiser's.
         key: a PRNG key that never changes; step `n` draws from `fold_in(key, n)`, so a resumed run draws the same.
         ema: the average of the parameters over the steps, or None.
+        scale: of the loss, or None.
     """
 
     step: jax.Array
@@ -29,14 +31,23 @@ class TrainState(NamedTuple):
     opt_state: Any
     key: jax.Array
     ema: Any = None
+    scale: LossScale | None = None
 
     @property
     def evaluated(self) -> Any:
-        """The parameters to evaluate and to keep: the average where there is one."""
-        return self.trainable if self.ema is None else self.ema
+        """The parameters to evaluate and to keep: the average where there is one, be it the optimiser's own."""
+        if self.ema is not None:
+            return self.ema
+        own = [x for x in jax.tree.leaves(self.opt_state, is_leaf=_schedule_free) if _schedule_free(x)]
+        return optax.contrib.schedule_free_eval_params(own[0], self.trainable) if own else self.trainable
 
 
-def create(trainable: Any, tx: optax.GradientTransformation, key: jax.Array, *, ema: bool = False) -> TrainState:
+def _schedule_free(x: Any) -> bool:
+    return isinstance(x, optax.contrib.ScheduleFreeState)
+
+
+def create(trainable: Any, tx: optax.GradientTransformation, key: jax.Array, *, ema: bool = False,
+           loss_scale: Scaling = None) -> TrainState:
     """Return the state before the first step, in buffers of its own: a step may donate it and `trainable` stays valid.
 
     On a mesh, each slot of the optimiser is made where its parameter lies, and never whole.
@@ -46,9 +57,11 @@ def create(trainable: Any, tx: optax.GradientTransformation, key: jax.Array, *, 
         tx: the optimiser.
         key: a PRNG key.
         ema: keep an average of the parameters too, for a step that has a decay.
+        loss_scale: that of the step; see `jpeft.train.scaling.begin`.
 
     Raises:
         LossFunctionError: there is nothing to train, or a leaf has a dtype that has no gradient.
+        TrainConfigError: `loss_scale` is none.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -65,7 +78,8 @@ def create(trainable: Any, tx: optax.GradientTransformation, key: jax.Array, *, 
             raise LossFunctionError(f"{name} is {jnp.result_type(leaf)}, which has no gradient; keep it in frozen")
 
     def build(trainable: Any, key: jax.Array) -> TrainState:
-        state = TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable), key, trainable if ema else None)
+        state = TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable), key, trainable if ema else None,
+                           begin(loss_scale))
         return jax.tree.map(jnp.copy, state)
 
     if any(isinstance(leaf, jax.core.Tracer) for _, leaf in leaves):
@@ -73,11 +87,13 @@ def create(trainable: Any, tx: optax.GradientTransformation, key: jax.Array, *, 
     places = [getattr(leaf, "sharding", None) for _, leaf in leaves]
     if not all(isinstance(place, NamedSharding) for place in places):
         return build(trainable, key)
-    where = state_shardings(trainable, jax.tree.map(lambda leaf: leaf.sharding, trainable), tx, ema=ema)
+    over = jax.tree.map(lambda leaf: leaf.sharding, trainable)
+    where = state_shardings(trainable, over, tx, ema=ema, scaled=loss_scale is not None)
     return jax.jit(build, out_shardings=where)(trainable, key)
 
 
-def state_shardings(shapes: Any, shardings: Any, tx: optax.GradientTransformation, *, ema: bool = False) -> TrainState:
+def state_shardings(shapes: Any, shardings: Any, tx: optax.GradientTransformation, *, ema: bool = False,
+                    scaled: bool = False) -> TrainState:
     """Return where a state lies on a mesh, for `in_shardings` and `out_shardings` of a step.
 
     Args:
@@ -85,9 +101,11 @@ def state_shardings(shapes: Any, shardings: Any, tx: optax.GradientTransformatio
         shardings: its shardings, as `jpeft.shardings` returned them.
         tx: the optimiser.
         ema: whether the state has an average.
+        scaled: whether it has a loss scale.
 
     Returns:
         A `TrainState` with a sharding for each leaf; what is neither a parameter nor its slot is on every device.
     """
     rest: Any = replicated(shardings)
-    return TrainState(rest, shardings, like_parameters(tx, shapes, shardings), rest, shardings if ema else None)
+    return TrainState(rest, shardings, like_parameters(tx, shapes, shardings), rest, shardings if ema else None,
+                      LossScale(rest, rest, rest) if scaled else None)

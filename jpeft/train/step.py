@@ -15,13 +15,14 @@ from jpeft.core import compat, transform
 from jpeft.core.method import Call, Method
 from jpeft.core.sharding import mesh_of
 from jpeft.errors import LossFunctionError, TrainConfigError
+from jpeft.train.scaling import Scaling, after, begin, keep
 from jpeft.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, Metrics]]
 Step = Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]
 
-OWN = ("loss", "grad_norm", "learning_rate")
+OWN = ("loss", "grad_norm", "learning_rate", "loss_scale", "skipped")
 SUMS = ("count", "correct", "loss_sum")
 """Metrics of a loss function that are sums over a batch; all others are means."""
 
@@ -29,7 +30,7 @@ SUMS = ("count", "correct", "loss_sum")
 def make_train_step(
     apply: Callable[..., Any], loss_fn: Callable[..., Any], tx: optax.GradientTransformation, *,
     schedule: optax.Schedule | None = None, accumulate: int = 1, clip: float | None = None, ema: float | None = None,
-    axis_name: str | Sequence[str] = (), sums: Sequence[str] = SUMS,
+    axis_name: str | Sequence[str] = (), sums: Sequence[str] = SUMS, loss_scale: Scaling = None,
 ) -> Step:
     """Return `step(state, frozen, batch) -> (state, metrics)`: a pure function for anyone's loop.
 
@@ -57,10 +58,13 @@ def make_train_step(
             have been made with `create(..., ema=True)`.
         axis_name: of `jax.pmap`, or the axes of the batch inside `jax.shard_map`; none under `jax.jit` alone.
         sums: metrics that are sums over a batch; all others are means.
+        loss_scale: for float16 compute, "dynamic" or a number: the loss is multiplied by it and the gradients are
+            divided by it, in float32. A step whose gradients are not finite changes nothing but the scale
+            (`jpeft.train.scaling`). The state must have been made with `create(..., loss_scale=...)`.
 
     Returns:
-        The step; its metrics are `loss`, `grad_norm` (before clipping), `learning_rate` if there is a schedule, and
-        those of `loss_fn`.
+        The step; its metrics are `loss`, `grad_norm` (before clipping), `learning_rate` if there is a schedule,
+        `loss_scale` (of the step) and `skipped` (1 if it was) if the loss is scaled, and those of `loss_fn`.
 
     Raises:
         TrainConfigError: an argument makes no sense; (when called) the batch or the state does not fit them.
@@ -102,7 +106,7 @@ def make_train_step(
         return loss + extra, {**metrics, "penalty": extra}
 
     return pure_step(whole, tx, schedule=schedule, accumulate=accumulate, clip=clip, ema=ema, axis_name=axis_name,
-                     sums=sums)
+                     sums=sums, loss_scale=loss_scale)
 
 
 def compiled_step(
@@ -140,7 +144,7 @@ def compiled_step(
 def pure_step(
     loss_fn: LossFn, tx: optax.GradientTransformation, *, schedule: optax.Schedule | None = None, accumulate: int = 1,
     clip: float | None = None, ema: float | None = None, axis_name: str | Sequence[str] = (),
-    sums: Sequence[str] = SUMS,
+    sums: Sequence[str] = SUMS, loss_scale: Scaling = None,
 ) -> Step:
     """Return the step of `make_train_step` for a loss function that is handed all that there is.
 
@@ -148,41 +152,66 @@ def pure_step(
         loss_fn: `(trainable, frozen, batch, key) -> (loss, metrics)`: a scalar and a dict of scalars; those of
             `jpeft.train.losses`.
         tx: the optimiser.
-        schedule, accumulate, clip, ema, axis_name, sums: as of `make_train_step`.
+        schedule, accumulate, clip, ema, axis_name, sums, loss_scale: as of `make_train_step`.
 
     Raises:
         TrainConfigError: an argument makes no sense; (when called) the batch or the state does not fit them.
         LossFunctionError: (when called) `loss_fn` returns something else.
     """
     _check(accumulate, clip, ema)
+    begin(loss_scale)
     axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
 
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
         if (ema is None) != (state.ema is None):
             raise TrainConfigError(f"ema = {ema} and the state has {'no' if state.ema is None else 'an'} average; make "
                                    "the state with create(..., ema=True), and the step with a decay")
-        key = jax.random.fold_in(state.key, state.step)
-        loss, extra, grads = _gradients(loss_fn, state.trainable, frozen, batch, key, accumulate, axes, sums)
+        if (loss_scale is None) != (state.scale is None):
+            has = "no" if state.scale is None else "a"
+            raise TrainConfigError(f"loss_scale = {loss_scale} and the state has {has} scale; give both the same, "
+                                   "create(..., loss_scale=...)")
+        key, scale = jax.random.fold_in(state.key, state.step), state.scale
+        loss, extra, grads = _gradients(loss_fn, state.trainable, frozen, batch, key, accumulate, axes, sums,
+                                        None if scale is None else scale.value)
         norm = _norm(grads)
         if clip is not None:
-            scale = jnp.minimum(1.0, clip / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
-            grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
+            factor = jnp.minimum(1.0, clip / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
+            grads = jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {"loss": loss, "grad_norm": norm}
         if schedule is not None:
-            metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+            done = state.step if scale is None else state.step - scale.skipped
+            metrics["learning_rate"] = jnp.asarray(schedule(done), jnp.float32)
         mean = None if ema is None else jax.tree.map(lambda e, t: (ema * e + (1 - ema) * t).astype(e.dtype), state.ema,
                                                      trainable)
-        return TrainState(state.step + 1, trainable, opt_state, state.key, mean), {**metrics, **extra}
+        if scale is not None:
+            finite = jnp.isfinite(norm)
+            metrics |= {"loss_scale": scale.value, "skipped": jnp.where(finite, 0.0, 1.0)}
+            trainable, opt_state, mean = keep(finite, (trainable, opt_state, mean),
+                                              (state.trainable, state.opt_state, state.ema))
+            scale = after(scale, finite, loss_scale)
+        return TrainState(state.step + 1, trainable, opt_state, state.key, mean, scale), {**metrics, **extra}
 
     return step
 
 
 def _gradients(loss_fn: LossFn, trainable: Any, frozen: Any, batch: Any, key: jax.Array, parts: int,
-               axes: tuple[str, ...], sums: Sequence[str]) -> tuple[jax.Array, Metrics, Any]:
+               axes: tuple[str, ...], sums: Sequence[str], scale: jax.Array | None,
+               ) -> tuple[jax.Array, Metrics, Any]:
     """Return loss, metrics and gradients of a whole batch, which may come in parts."""
-    value_and_grad = jax.value_and_grad(lambda t, b, k: _checked(loss_fn(t, frozen, b, k)), has_aux=True)
+    def scaled(trainable: Any, batch: Any, key: jax.Array) -> Any:
+        loss, extra = _checked(loss_fn(trainable, frozen, batch, key))
+        if scale is None:
+            return loss, (loss, extra)
+        return loss.astype(jnp.promote_types(loss.dtype, jnp.float32)) * scale, (loss, extra)
+
+    def value_and_grad(trainable: Any, batch: Any, key: jax.Array) -> Any:
+        grads, said = jax.grad(scaled, has_aux=True)(trainable, batch, key)
+        if scale is not None:
+            grads = jax.tree.map(lambda g: (g / scale).astype(g.dtype), grads)
+        return said, grads
+
     if parts == 1 and not axes:
         (loss, extra), grads = value_and_grad(trainable, batch, key)
         return loss, extra, grads

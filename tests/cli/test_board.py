@@ -156,6 +156,7 @@ def test_damaged_results_are_an_error(done: Path, tmp_path: Path, text: str, sai
     ("entries.lora.train.epoch=1", "unknown key 'train.epoch'; the nearest is 'train.epochs'"),
     ("entries.lora.rules.attention.learning_rate=-1", "rules.attention.learning_rate = -1 must be a number above 0"),
     ("tasks.films.modl={}", "unknown key 'tasks.films.modl'; nearest: 'model'"),
+    ("entries.lora.train.patience=2", "train.patience is for single runs"),
     ("reference=ful", "reference = 'ful' is no entry; nearest: 'full'"),
     ("without.LoRAs=x", "without.LoRAs is no method"), ("seeds=[1, 1]", "more than once"),
     ("tasks.films.data.clases=2", "unknown key 'data.clases'; the nearest is 'data.classes'")])

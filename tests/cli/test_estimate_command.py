@@ -39,7 +39,7 @@ def here(tmp_path: Path) -> Path:
     (["--dtype", "bf17"], "--dtype 'bf17' is none of bfloat16, float16, float32"),
     (["--remat", "dot"], "--remat 'dot' is none of none, full, dots, names (nearest: 'dots')"),
     (["--attention", "flash"], "--attention 'flash' is none of scores, fused"),
-    (["--optimizer", "adamv"], "--optimizer 'adamv' is none of adamw, adam, sgd, lion, adafactor (nearest: "),
+    (["--optimizer", "adamv"], "--optimizer 'adamv' is none of adamw, adam, sgd, lion, adafactor, muon, schedule_free"),
     (["--chip", "H10"], "the chip 'H10' is none of H100, H200, B200, v5e, v5p, v6e (nearest: 'H100')"),
     (["--search"], "--search needs the memory of a device: --memory 80GB, or one --chip"),
     (["--search", "--memory", "80 gigs"], "--memory '80 gigs' is no number of bytes, as 80GB"),

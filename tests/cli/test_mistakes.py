@@ -45,6 +45,17 @@ def fails(capsys: pytest.CaptureFixture[str], args: list[str], said: str) -> Non
     (["train.warmup=999"], "warmup"),
     (["model.source={tmp}/broken"], "broken"),
     (["train.optimizer=adam"], "adam has no weight decay"),
+    (["train.optimizer=schedule_free"], "averages in place of a schedule, and schedule = 'linear'"),
+    (["train.accumulate=5"], "train.accumulate = 5 does not divide train.batch_size = 32"),
+    (["train.decay=0.1"], "is of the schedule wsd, and this is linear"),
+    (["train.optimizer=schedule_free", "train.ema=0.9"], "keeps an average of its own"),
+    (["train.loss_scale=dynamic", "train.debug_nans=true"], "drop one"),
+    (["model.compute_dtype=float16"], "set train.loss_scale=dynamic, or model.compute_dtype=bfloat16"),
+    (["train.loss_scale=8.0"], "is for float16 compute, and this is float32; set it to null"),
+    (["train.hooks=[no_such_tracker:Tracker]"], "whose module cannot be imported"),
+    (["train.hooks=[tracker]"], "which is no module:Class"),
+    (["train.hooks=['jpeft.train.hooks:Hok']"], "has no 'Hok'; nearest: 'Hook'"),
+    (["train.hooks=['builtins:object']"], "has none of the methods start, step,"),
 ])
 def test_bad_configuration(
     job: Path, tiny: Tiny, settings: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import jax
@@ -337,6 +338,50 @@ def test_full_disk_in_the_writer(folder, monkeypatch, broken):
     assert checkpoints.restore(make_state()).step == 20
     checkpoints.save(30, make_state(30))
     assert opened(folder).steps() == [20, 30]
+
+
+def test_written_in_a_thread_from_a_copy(folder, monkeypatch):
+    """Training goes on and donates the state; the manifest comes last; one is written at a time."""
+    go, begun = threading.Event(), threading.Event()
+
+    def slow(*args, **kwargs):
+        begun.set()
+        assert go.wait(60)
+        return hashes(*args, **kwargs)
+
+    hashes = manifest.hashes
+    monkeypatch.setattr(manifest, "hashes", slow)
+    checkpoints, state = opened(folder), make_state(30)
+    checkpoints.save(30, state, {"given": 30}, wait=False)
+    jax.jit(lambda s: jax.tree.map(lambda x: x * 0 if jnp.issubdtype(x.dtype, jnp.number) else x, s),
+            donate_argnums=0)(state)
+    assert state.trainable["h/0~1w"]["a"].is_deleted()
+    assert begun.wait(60)
+    assert opened(folder).steps() == [10, 20]
+    threading.Timer(0.05, go.set).start()
+    checkpoints.save(40, make_state(40), wait=False)
+    assert opened(folder).steps() == [20, 30]
+    assert checkpoints.latest() == 40
+    assert bits(opened(folder).restore(make_state()).state) == bits(make_state(40))
+    shutil.rmtree(folder / "40")
+    assert bits(opened(folder).restore(make_state()).state) == bits(make_state(30))
+
+
+@pytest.mark.parametrize("broken", ["jpeft.train.manifest.write", "orbax.checkpoint.CheckpointManager.close"])
+def test_what_fails_in_the_thread_is_raised_by_the_next(folder, monkeypatch, broken):
+    def full(*args, **kwargs):
+        raise OSError(28, os.strerror(28))
+
+    checkpoints = opened(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, full)
+        checkpoints.save(30, make_state(30), wait=False)
+        assert checkpoints.latest() == 20
+    with pytest.raises(CheckpointWriteError, match=r"step 30 cannot be .*\(No space left on device\).*intact: 10, 20"):
+        checkpoints.save(40, make_state(40), wait=False)
+    checkpoints.save(40, make_state(40), wait=False)
+    checkpoints.wait()
+    assert opened(folder).steps() == [20, 40]
 
 
 CHILD = """

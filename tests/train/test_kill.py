@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from train import tinyjob
 
-TOTAL = 240
+TOTAL, EVERY, KILLS = 240, 3, 20
 PROGRAM = [sys.executable, tinyjob.__file__]
 
 
@@ -50,36 +50,31 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     process, at = start(folder)
     assert at == 0
-    said, _ = process.communicate(timeout=300)
+    said, _ = process.communicate(timeout=900)
     assert process.returncode == 0
     return folder, json.loads(said)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
-def test_killed_and_resumed_again_and_again(tmp_path, whole, seed):
-    moments, kills = random.Random(seed), 0
-    while True:
+def test_killed_twenty_times_and_resumed_each_time(tmp_path, whole):
+    moments, kills = random.Random(0), 0
+    while kills < KILLS:
         process, at = start(tmp_path)
         # Counted in steps, so that a slow machine has as many deaths; zero may be before the first step.
-        wait_for_step(process, tmp_path, at + moments.randrange(80))
-        try:
-            process.wait(moments.uniform(0.0, 0.15))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-        else:
-            assert process.returncode == 0
-            break
+        wait_for_step(process, tmp_path, at + moments.randrange(TOTAL // KILLS))
+        time.sleep(moments.uniform(0.0, 0.05))
+        assert process.poll() is None, "the program is too fast for this test: raise TOTAL"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
         reached = last_row(tmp_path)
         newest = tinyjob.Job(tmp_path, TOTAL).resume()
         assert newest >= at
-        assert reached - newest <= 3
-        assert kills < 100
-    assert kills >= 3, "the program is too fast for this test: raise TOTAL"
-    said = json.loads(process.stdout.read())
-    assert {**said, "message": ""} == {**whole[1], "message": ""}
+        assert reached - newest <= 2 * EVERY, "the last save may be under way, and no more than that"
+    process, _ = start(tmp_path)
+    said, _ = process.communicate(timeout=900)
+    assert process.returncode == 0
+    assert {**json.loads(said), "message": ""} == {**whole[1], "message": ""}
     assert finished(tmp_path) == finished(whole[0])
 
 
@@ -95,5 +90,5 @@ def test_ctrl_c_in_a_terminal(tmp_path, whole):
     assert found["message"].startswith("stopped by SIGINT after step ")
     process, at = start(tmp_path)
     assert f"after step {at} of" in found["message"]
-    process.communicate(timeout=300)
+    process.communicate(timeout=900)
     assert finished(tmp_path) == finished(whole[0])

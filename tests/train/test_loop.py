@@ -23,7 +23,7 @@ from jpeft.errors import (
     TrainConfigError,
     WrongBaseError,
 )
-from jpeft.train import losses, metrics
+from jpeft.train import losses, manifest, metrics
 from jpeft.train import state as states
 from jpeft.train.checkpoint import Checkpoints
 from jpeft.train.hooks import Hook
@@ -271,20 +271,86 @@ def test_an_evaluation_that_is_no_number_stops_the_run(tmp_path):
     assert Checkpoints(tmp_path).steps() == []
 
 
-def test_full_disk_ends_the_run_with_what_was_saved(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("bad", "kept"), [(6, "2, 4"), (8, "4, 6")])
+def test_full_disk_ends_the_run_with_what_was_saved(tmp_path, monkeypatch, bad, kept):
+    """Also in the last checkpoint, which is written when all steps are done."""
+    state, step = plain()
+    checkpoints, log = Checkpoints(tmp_path), Log()
+    real = manifest.write
+
+    def full(folder, record):
+        if record["step"] == bad:
+            raise OSError(28, "No space left on device")
+        real(folder, record)
+
+    monkeypatch.setattr(manifest, "write", full)
+    with pytest.raises(CheckpointWriteError, match=f"step {bad} cannot be written .*No space left.*intact: {kept}"):
+        fit(step, state, None, Counted(), total_steps=8, save_every=2, checkpoints=checkpoints, hooks=[log])
+    assert checkpoints.restore(plain()[0]).step == bad - 2
+    assert [n for event, *n in log.calls if event == "saved"] == [[n] for n in range(2, bad, 2)]
+    assert log.calls[-1] == ("close",)
+
+
+def test_a_failed_write_goes_with_the_error_that_ends_the_run(tmp_path, monkeypatch):
+    def full(folder, record):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(manifest, "write", full)
+    state, step = plain()
+    with pytest.raises(NonFiniteLossError, match=r"after step 3; .*; there is no checkpoint") as caught:
+        fit(step, state, None, Counted([3]), total_steps=8, save_every=2, checkpoints=Checkpoints(tmp_path))
+    assert "the checkpoint of step 2 cannot be written" in caught.value.__notes__[0]
+
+
+def tiring(tmp_path, scores, total, **options):
     state, step = plain()
     checkpoints = Checkpoints(tmp_path)
-    real = Checkpoints._write
+    restored, batches = checkpoints.restore(state), Counted()
+    if restored is not None:
+        state = restored.state
+        batches.set_state(restored.data_position)
+    left = iter(scores[int(state.step):])
+    return fit(step, state, None, batches, total_steps=total, eval_every=1, save_every=1, checkpoints=checkpoints,
+               evaluate=lambda t: {"accuracy": next(left)}, **options)
 
-    def full(self, n, *args):
-        if n == 6:
-            raise OSError(28, "No space left on device")
-        real(self, n, *args)
 
-    monkeypatch.setattr(Checkpoints, "_write", full)
-    with pytest.raises(CheckpointWriteError, match=r"step 6 cannot be written .*No space left on device.*intact: 2, 4"):
-        fit(step, state, None, Counted(), total_steps=8, save_every=2, checkpoints=checkpoints)
-    assert checkpoints.restore(plain()[0]).step == 4
+def test_patience_ends_the_run_also_after_a_resume(tmp_path):
+    scores = [0.1, 0.5, 0.4, 0.5, 0.6, 0.6, 0.2, 0.3, 0.9]
+    whole = tiring(tmp_path / "a", scores, 9, patience=3)
+    assert (whole.stopped, int(whole.state.step), whole.best.step) == ("early", 8, 5)
+    assert whole.message == ("stopped early after step 8 of 9: accuracy has not got better in 3 evaluations since "
+                             "step 5")
+    tiring(tmp_path / "b", scores, 7)
+    again = tiring(tmp_path / "b", scores, 9, patience=3)
+    assert (again.stopped, int(again.state.step), again.best) == ("early", 8, whole.best)
+    assert bits(again.state) == bits(whole.state)
+    once_more = tiring(tmp_path / "b", scores, 9, patience=3)
+    assert (once_more.stopped, once_more.history) == ("early", []), "it has ended, and stays so"
+    assert tiring(tmp_path / "c", scores, 8, patience=4).stopped == "finished"
+
+
+def test_patience_without_evaluations_is_an_error():
+    state, step = plain()
+    with pytest.raises(TrainConfigError, match="patience = 2 evaluations and there is no evaluate"):
+        fit(step, state, None, Counted(), total_steps=3, patience=2)
+
+
+def test_batches_that_do_not_come_end_the_run(tmp_path):
+    class Stalled(Counted):
+        def __next__(self):
+            if self.n == 3:
+                threading.Event().wait(60)
+            return super().__next__()
+
+    state, step = plain()
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(BatchesError, match=r"Stalled has given no batch for 0\.5 s; .* \(train\.data_timeout"):
+        fit(step, state, None, Stalled(), total_steps=5, save_every=1, checkpoints=checkpoints, data_timeout=0.5)
+    assert checkpoints.latest() == 3
+    whole, timed = (fit(step, plain()[0], None, Counted(), total_steps=3, data_timeout=t) for t in (None, 60.0))
+    assert bits(whole.state) == bits(timed.state)
+    with pytest.raises(BatchesError, match="the batches end before step 3 of 4"):
+        fit(step, plain()[0], None, iter(np.ones((2, 2))), total_steps=4, data_timeout=60.0)
 
 
 @pytest.mark.parametrize(("mode", "monitor", "steps"), [
@@ -361,9 +427,9 @@ def test_metrics_are_safe_before_the_checkpoint_is(tmp_path):
     seen = []
     real = checkpoints.save
 
-    def save(n, *args):
+    def save(n, *args, **options):
         seen.append([row["step"] for row in metrics.read(tmp_path / "m.jsonl")])
-        real(n, *args)
+        real(n, *args, **options)
 
     checkpoints.save = save
     fit(step, state, None, Counted(), total_steps=5, save_every=2, checkpoints=checkpoints,
@@ -399,6 +465,8 @@ def test_metrics_that_lag_behind_the_checkpoint_are_an_error(tmp_path):
     ({"total_steps": 0}, TrainConfigError, "total_steps = 0 must be 1 or more"),
     ({"eval_every": 0}, TrainConfigError, "eval_every = 0 must be"),
     ({"save_every": -3}, TrainConfigError, "save_every = -3 must be"),
+    ({"patience": 0}, TrainConfigError, "patience = 0 must be 1 or more"),
+    ({"data_timeout": 0.0}, TrainConfigError, r"data_timeout = 0\.0 must be above 0"),
     ({"mode": "best"}, TrainConfigError, "mode = 'best' must be 'max' or 'min'"),
     ({"hooks": [print]}, TrainConfigError, "the hook builtin_function_or_method has none of the methods start, step"),
     ({"evaluate": lambda t: {"acuracy": 1.0}}, TrainConfigError, r"no metric 'accuracy' \(nearest: 'acuracy'\); set"),

@@ -96,7 +96,7 @@ class Bench:
                                                          build.once(held)),
                 on_best=lambda trainable, metrics, n: best.update(theta=jax.tree.map(jnp.copy, trainable)),
                 hooks=(ProgressBar(self._console, task.monitor, quiet=True), times),
-                monitor=task.monitor, mode=task.mode)
+                monitor=task.monitor, mode=task.mode, data_timeout=job.train.data_timeout)
         finally:
             rows.close()
         seconds = time.perf_counter() - begin

@@ -154,8 +154,13 @@ def _job(board: BoardConfig, task: Mapping[str, Any], entry: EntryConfig, seed: 
     if not isinstance(train, Mapping):
         raise ConfigError(f"{where}: train = {train!r} must be a mapping of fields")
     rate = {} if entry.learning_rate is None else {"learning_rate": entry.learning_rate}
-    return config.resolve({**task, "seed": seed, "rules": {**board.rules, **entry.rules},
-                           "train": {**train, **entry.train, **rate}, "name": "board"}, where)
+    job = config.resolve({**task, "seed": seed, "rules": {**board.rules, **entry.rules},
+                          "train": {**train, **entry.train, **rate}, "name": "board"}, where)
+    for field in ("patience", "tensorboard", "profile", "debug_nans", "hooks"):
+        if getattr(job.train, field):
+            raise ConfigError(f"{where}: train.{field} is for single runs, as a board keeps no folder of each and "
+                              "trains all for as long; drop it")
+    return job
 
 
 def key(job: JobConfig) -> str:
