@@ -382,9 +382,10 @@ def kind(data: Mapping[str, Any]) -> type[Rows]:
         return next(iter(formats.values()))
     if "" in formats:
         if "format" in rows:
-            others = ", ".join(name for name, formats in KINDS.items() if "" not in formats)
-            raise ConfigError(f"data.format = {rows['format']!r} is for the tasks {others}; set model.task to one of "
-                              "them, or drop it")
+            having = [name for name, others in KINDS.items() if rows["format"] in others]
+            others = having or [name for name, others in KINDS.items() if "" not in others]
+            raise ConfigError(f"data.format = {rows['format']!r} is for the tasks {', '.join(others)}; set model.task "
+                              "to one of them, or drop it")
         return formats[""]
     known = f"a {task} job has one of {', '.join(formats)}"
     if "format" not in rows:

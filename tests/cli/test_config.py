@@ -48,7 +48,7 @@ def file(tmp_path: Path) -> Path:
     ("train.epochs=0", "train.epochs = 0 should be greater than or equal to 1"),
     ("train.learning_rate=true", "should be a valid number"),
     ("train.betas=[0.9]", "train.betas = [0.9] must be two numbers"),
-    ("train.optimizer=adamx", "should be 'adamw', 'adam', 'sgd', 'lion' or 'adafactor'"),
+    ("train.optimizer=adamx", "should be 'adamw', 'adam', 'sgd', 'lion', 'adafactor', 'muon' or 'sch"),
     ("train.warmup=-1", "train.warmup = -1 should be greater than or equal to 0"),
     ("data.classes=[a]", "must be two or more different names"),
     ("data.classes=[1, 2]", "data.classes.0 = 1 should be a valid string"),
@@ -102,18 +102,24 @@ def test_every_field_can_be_set(file: Path) -> None:
         "train.steps": None, "train.batch_size": 4,
         "train.optimizer": "lion", "train.learning_rate": 1e-4, "train.schedule": "cosine", "train.warmup": 5,
         "train.weight_decay": 0.5, "train.clip": 2.0, "train.betas": [0.5, 0.6], "train.eps": 1e-6,
+        "train.accumulate": 2, "train.decay": 0.3, "train.ema": 0.9, "train.loss_scale": "dynamic", "train.patience": 3,
+        "train.data_timeout": 9.0, "train.debug_nans": False, "train.tensorboard": True, "train.hooks": ["a:B"],
+        "train.profile.start": 3, "train.profile.steps": 2,
+        **{f"objective.{name}": None for name in ("temperature", "beta", "label_smoothing", "variant")},
         "train.lora_plus": 16.0, "train.eval_every": 7, "train.save_every": 8, "train.keep": 4,
         "test.generate": None, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 3, "mesh.sequence": 4, "mesh.expert": 5,
         "mesh.rules": {".*": ["fsdp", None, ["data", "tensor"]]}, "mesh.replicate_below": 0}
-    sections = ("model", "data", "train", "test", "mesh", "calibration")
+    sections = ("model", "data", "train", "train.profile", "test", "mesh", "calibration", "objective")
     known = {path for path in config._known(config.JobConfig[DataConfig]) if not path.startswith("test.generate.")}
     assert set(others) | set(sections) == known
     written = {path: yamlio.dump(value).removesuffix("...\n") for path, value in others.items()}
     job = config.load(file, [f"{path}={text}" for path, text in written.items()])
     plain = job.model_dump()
     for path, value in others.items():
-        section, _, field = path.rpartition(".")
-        assert (plain[section] if section else plain)[field] == value, path
+        found = plain
+        for key in path.split(".") if path not in plain else [path]:
+            found = found[key]
+        assert found == value, path
 
 
 LM = """
@@ -132,11 +138,11 @@ def lm(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("settings", "said"), [
     (["data={source: r, test: 1}"], "'data.format' is missing; a causal-lm job has one of chat, pairs, text"),
-    (["data.format=pair"], "data.format = 'pair' is unknown; a causal-lm job has one of chat, pairs, text (nearest: "),
+    (["data.format=pair"], "'pair' is unknown; a causal-lm job has one of chat, pairs, text, preference (nearest: "),
     (["data.format=names"], "data.format = 'names' is unknown"),
     (["model.task=seq2seq", "data.format=text"], "a seq2seq job has one of pairs, names"),
     (["model.task=classification"], "data.format = 'pairs' is for the tasks causal-lm, seq2seq"),
-    (["model.task=causal"], "model.task = 'causal' is none of classification, causal-lm, seq2seq (nearest: "),
+    (["model.task=causal"], "model.task = 'causal' is none of classification, token-classification, "),
     (["model={source: m, task: [1]}"], "model.task = [1] is none of"),
     (["data=3"], "data = 3 should be"),
     (["data.promt='{a}'"], "unknown key 'data.promt'; the nearest is 'data.prompt'"),
