@@ -186,6 +186,7 @@ class Case:
         extra: from `{path: theta}`, the argument `extra` of `encoder` that does the same, if the method cannot merge.
         tokens: for methods with virtual tokens.
         exempt: law -> (reason, `file::test` that is passed instead).
+        dense: why a step makes arrays of a weight's shape; None: it makes none.
         tier: `default`, or `slow`: its laws run in the slow tier, its count in the default one.
     """
 
@@ -196,6 +197,7 @@ class Case:
     extra: Callable[[Any], Any] | None = None
     tokens: jpeft.Tokens | None = None
     exempt: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    dense: str | None = None
     tier: str = "default"
 
 
@@ -213,7 +215,8 @@ CASES = [
     Case("bitfit", {"bias": jpeft.BitFit()}, N_BIAS, lambda m: (m, jpeft.LayerNormTuning()), tier="slow"),
     Case("layernorm", {"norm": jpeft.LayerNormTuning()}, (2 * L + 1) * 2 * D, lambda m: (jpeft.Full(), m), tier="slow"),
     Case("full", {"layers/query/kernel": jpeft.Full(), "head/kernel": jpeft.Full()}, L * D * H * K + D * V,
-         lambda m: (m, LORA)),
+         lambda m: (m, LORA),
+         dense="the weight itself learns"),
     Case("pfeiffer", {"layers/down/kernel": jpeft.Pfeiffer(bottleneck=4, activation="gelu")}, L * (8 * D + 4 + D),
          lambda m: (LORA, m), lambda theta: {"adapter": theta["layers/down/kernel"]}),
     Case("prompt", {"embedding": jpeft.PromptTuning(length=3)}, 3 * D, lambda m: (LORA, m),
@@ -226,6 +229,7 @@ CASES = [
     Case("lokr", {"layers/(up|down)/kernel": jpeft.LoKr(rank=2, alpha=2)}, 2 * L * (4 * 4 + 2 * (4 + 8)),
          lambda m: (m, IA3)),
     Case("fourierft", {"layers/(query|up)/kernel": jpeft.FourierFT(n_frequency=9)}, 2 * L * 9, lambda m: (m, LORA),
+         dense="the inverse transform of a few frequencies is a whole weight",
          tier="slow"),
     Case("houlsby", {"layers/down/kernel": jpeft.Houlsby(bottleneck=4, activation="gelu")}, L * (8 * D + 4 + D),
          lambda m: (LORA, m), lambda theta: {"adapter": theta["layers/down/kernel"]}, tier="slow"),
@@ -249,8 +253,10 @@ CASES = [
     Case("c3a", {"layers/(query|up)/kernel": jpeft.C3A(block_size=8)}, L * (D * H * K + D * F) // 8, lambda m: (m, IA3),
          tier="slow"),
     Case("shira", {"layers/(query|up)/kernel": jpeft.SHiRA(rank=2)}, L * 2 * (D + H * K + D + F), lambda m: (m, LORA),
+         dense="a few values all over a weight: one dense product is cheaper than a look-up of each for each token",
          tier="slow"),
     Case("waveft", {"layers/(query|up)/kernel": jpeft.WaveFT(n_frequency=9)}, 2 * L * 9, lambda m: (m, LORA),
+         dense="the inverse transform of a few wavelets is a whole weight",
          tier="slow"),
     Case("tokens", {"embedding": jpeft.TrainableTokens(token_indices=(2, 5, 19))}, 3 * D, lambda m: (m, IA3),
          tier="slow"),
@@ -271,13 +277,17 @@ CASES = [
          {"L1": (WIDER, VIRTUAL + "test_an_invisible_prompt_is_the_base")}, tier="slow"),
     Case("psoft", {"layers/(query|up)/kernel": jpeft.PSOFT(rank=4, neumann=5)}, 2 * L * (6 + 8), lambda m: (m, IA3),
          tier="slow"),
-    Case("diff pruning", {"layers/up/kernel": jpeft.DiffPruning()}, 2 * L * D * F, lambda m: (m, LORA), tier="slow"),
+    Case("diff pruning", {"layers/up/kernel": jpeft.DiffPruning()}, 2 * L * D * F, lambda m: (m, LORA),
+         dense="each number of the weight learns",
+         tier="slow"),
     Case("chain", {"layers/up/kernel": jpeft.Chain((jpeft.DoRA(rank=2), jpeft.OFT(blocks=2), jpeft.IA3(on="in")))},
          L * (2 * (D + F) + F + 2 * 28 + D)),
     Case("vera", {QV: jpeft.VeRA(rank=5)}, 2 * L * (5 + H * K), lambda m: (m, IA3), tier="slow"),
     Case("loha", {"layers/(up|out)/kernel": jpeft.LoHa(rank=2, alpha=4)}, 2 * L * 2 * (2 * D + D + F),
          lambda m: (m, IA3), tier="slow"),
-    Case("hira", {QV: jpeft.HiRA(rank=3)}, 2 * L * 3 * (D + H * K), lambda m: (m, LORA), tier="slow"),
+    Case("hira", {QV: jpeft.HiRA(rank=3)}, 2 * L * 3 * (D + H * K), lambda m: (m, LORA),
+         dense="the product of two weights, entry by entry",
+         tier="slow"),
     Case("miss", {"layers/out/kernel": jpeft.MiSS(rank=5), "layers/up/kernel": jpeft.MiSS(rank=4, mini=8)},
          L * (5 * D + 4 * 8), lambda m: (m, IA3), tier="slow"),
     Case("delora", {QV: jpeft.DeLoRA(rank=2)}, 2 * L * (2 * (D + H * K) + 1), lambda m: (m, IA3), tier="slow"),
@@ -292,6 +302,7 @@ CASES = [
     Case("alora", {"layers/down/kernel": jpeft.ALoRA(rank=2, alpha=2)}, L * 2 * (D + F), lambda m: (LORA, m),
          lambda theta: {"term": theta["layers/down/kernel"]}, TOKENS, tier="slow"),
     Case("miss-bat", {"layers/(up|down)/kernel": jpeft.MiSS(rank=4, bat=True)}, L * 4 * (D + F), lambda m: (m, IA3),
+         dense="each block of the weight is multiplied",
          tier="slow"),
     Case("pissa-fast", {QV: jpeft.LoRA(rank=2, init_weights="pissa_niter_2")}, 2 * L * 2 * (D + H * K),
          lambda m: (m, IA3), tier="slow"),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import dense
 import flops
 import jax
 import jax.numpy as jnp
@@ -330,6 +331,25 @@ def test_l9_flops(case: Case) -> None:
         own += per_row * round(e.site.rows * wider) + per_call
     base = base_flops(r.plan.virtual_tokens)
     assert abs(found - base - own) <= 0.02 * max(own, 0.02 * base), f"found {found - base:,}, stated {own:,}"
+
+
+@rows("L10", only=("lora", "dora", "oft", "full", "loha", "hira", "shira", "pfeiffer"))
+def test_l10_no_dense_gradient(case: Case) -> None:
+    """No step makes an array of a weight's shape, forward or backward, unless the row says why it must."""
+    params, ids = make_params(), jnp.zeros((1, 3), jnp.int32)
+    mask = jnp.ones_like(ids)
+    plan = jpeft.plan(encoder, params, (ids,), case.rules, example_kwargs={"attention_mask": mask}, tokens=case.tokens)
+    trainable, frozen = jpeft.init(plan, params, jax.random.key(0))
+    shapes: set[tuple[int, ...]] = set()
+    for site in (e.site for e in plan.entries if e.site.in_dims and e.site.out_dims):
+        flat, whole = (site.in_size, site.out_size), (*site.in_shape, *site.out_shape)
+        shapes |= {(*stack, *dims) for stack in ((), site.stack_shape) for dims in (flat, whole)}
+
+    def slopes(frozen: Any, trainable: Any, ids: jax.Array) -> Any:
+        return jax.grad(lambda t: jnp.sum(jnp.square(call(plan, t, frozen, ids, mask))))(trainable)
+
+    found = dense.dense_steps(slopes, frozen, trainable, ids, shapes=shapes)
+    assert bool(found) == bool(case.dense), f"{found}; the row says {case.dense!r}"
 
 
 @rows("bfloat16", only=("lora", "prefix", "oft"))
