@@ -382,9 +382,8 @@ def kind(data: Mapping[str, Any]) -> type[Rows]:
         return next(iter(formats.values()))
     if "" in formats:
         if "format" in rows:
-            having = [name for name, others in KINDS.items() if rows["format"] in others]
-            others = having or [name for name, others in KINDS.items() if "" not in others]
-            raise ConfigError(f"data.format = {rows['format']!r} is for the tasks {', '.join(others)}; set model.task "
+            having = [name for name, others in KINDS.items() if rows["format"] in others] or KINDS
+            raise ConfigError(f"data.format = {rows['format']!r} is for the tasks {', '.join(having)}; set model.task "
                               "to one of them, or drop it")
         return formats[""]
     known = f"a {task} job has one of {', '.join(formats)}"

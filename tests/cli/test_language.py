@@ -18,6 +18,7 @@ from cli.tinylm import TinyLm
 import jpeft
 from jpeft.cli import build, config, progress, runs, tables
 from jpeft.cli.main import main
+from jpeft.cli.sections import GenerateConfig
 from jpeft.cli.tasks import answers, causal_lm
 from jpeft.data.packing import Packed, Padded
 from jpeft.serve.generate import Generation
@@ -117,7 +118,7 @@ def test_conversations_are_asked_for_their_last_turn(files: dict[str, Path]) -> 
     part = build.load_data(job, loaded.tokenizer)["test"]
     assert part.sequences.learnt == 8 * 2 * 2  # two answers of two tokens in each conversation
     assert set(part.known) == set(tinylm.ANSWERS)
-    asked = causal_lm._questions(loaded.tokenizer, part.sequences, config.GenerateConfig(rows=3), False)
+    asked = causal_lm._questions(loaded.tokenizer, part.sequences, GenerateConfig(rows=3), False)
     assert [question.answer in tinylm.ANSWERS for question in asked] == [True] * 3
     said = answers.decoded(loaded.tokenizer, [question.prompt for question in asked])
     assert [text.split()[-1] for text in said] == ["assistant"] * 3

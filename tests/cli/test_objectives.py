@@ -221,7 +221,7 @@ def test_log_probs_of_preferences_are_those_of_the_logits(home: Path) -> None:
     ("pairs", ["data.min_score=null"], "belong together"),
     ("pairs", ["data.score=text"], "expected a number"),
     ("pairs", ["data.min_score=2.0"], "no training row has a score of 2.0 or more"),
-    ("pairs", ["data.format=pairs"], "is for the tasks token-classification, causal-lm, seq2seq"),
+    ("pairs", ["data.format=pairs"], "is for the tasks causal-lm, seq2seq"),
     ("pairs", ["objective.beta=0.2"], "objective.beta = 0.2 is not for the loss of these rows, which has temperature"),
     ("answers", ["data.rejected='{good}'"], "60 have the same twice"),
     ("answers", ["data.rejected=bad"], "names no column"),
