@@ -37,4 +37,4 @@ def test_runs(path: Path, tmp_path: Path) -> None:
     pytest.importorskip("ipykernel", reason=reason)
     book = nbformat.read(path, as_version=4)
     folder = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(book, timeout=300, kernel_name="python3", resources=folder).execute()
+    nbclient.NotebookClient(book, timeout=1200, kernel_name="python3", resources=folder).execute()

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from support import assert_close
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -16,7 +17,10 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
     assert len(blocks) >= 5
     names: dict[str, object] = {}
-    first, mesh, linen, nnx, equinox, save = blocks
-    for block in (first, save, mesh, linen, nnx, equinox):
+    first, loop, mesh, linen, nnx, equinox, save = blocks
+    for block in (first, save, mesh, linen, nnx, equinox, loop):
         exec(compile(block, "README.md", "exec"), names)
+    losses, x = names["losses"], names["data"][0]
+    assert losses[-1] < 0.7 * losses[0]
+    assert_close(names["trained"](x), names["adapted"](names["trainable"], names["frozen"], x), 1e-5)
     assert "trainable 680 of" in capsys.readouterr().out
