@@ -111,6 +111,11 @@ def single_cpu_device() -> bool:
     return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
+def attends_in(dtype: Any) -> bool:
+    """Whether `jax.nn.dot_product_attention` compiles: it asks for a float16 product that the CPU does not have."""
+    return not (jax.default_backend() == "cpu" and dtype == "float16")
+
+
 def _spec(x: Any) -> tuple[Any, PartitionSpec | None]:
     sharding = getattr(jax.typeof(x), "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.empty or not sharding.mesh.are_all_axes_explicit:

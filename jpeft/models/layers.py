@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jpeft.core import compat
 from jpeft.errors import ModelConfigError, ModelInputError, nearest
 
 
@@ -127,7 +128,8 @@ def attend(query: jax.Array, parts: Sequence[Part], *, scale: Any = None, cap: f
     """Softmax attention of `query` `[B, T, H, d]` over all parts together; returns `[B, T, H, d]`.
 
     K, the number of key heads, divides H: head h reads key head `h // (H / K)`, and keys are never repeated. It runs
-    through `jax.nn.dot_product_attention` where that can do it: no soft cap, no dropout, more than one query.
+    through `jax.nn.dot_product_attention` where that can do it: no soft cap, no dropout, more than one query, and no
+    float16 on a CPU.
 
     Args:
         query: `[B, T, H, d]`.
@@ -145,7 +147,7 @@ def attend(query: jax.Array, parts: Sequence[Part], *, scale: Any = None, cap: f
         (1, 3, 2, 4)
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    plain = cap is None and (rng is None or dropout == 0.0)
+    plain = cap is None and (rng is None or dropout == 0.0) and compat.attends_in(query.dtype)
     if plain and (query.shape[1] > 1 or len(parts) == 1):
         return _fused(query, parts, scale, causal, window)
     (b, t, h, d), k = query.shape, parts[0].key.shape[2]

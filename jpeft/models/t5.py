@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax.ad_checkpoint import checkpoint_name
 
+from jpeft.core import compat
 from jpeft.core.sharding import divide_rows, whole_inputs
 from jpeft.errors import ModelInputError
 from jpeft.models import cache as caches
@@ -121,7 +122,7 @@ class Attention(_Block):
              mask: jax.Array | None) -> jax.Array:
         bias = None if bias is None else bias.astype(query.dtype)
         key, value = key.astype(query.dtype), value.astype(query.dtype)
-        if not self.train or self.config.dropout == 0.0:
+        if (not self.train or self.config.dropout == 0.0) and compat.attends_in(query.dtype):
             return jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask, scale=1.0)
         scores = jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32)
         scores = scores if bias is None else scores + bias

@@ -373,3 +373,12 @@ def test_wrong_inputs_are_refused(config: DecoderConfig, given: dict[str, Any], 
     model = Decoder(config)
     with pytest.raises(ModelInputError, match=says):
         jax.eval_shape(lambda p: model.apply(p, **{"tokens": TOKENS, **given}), model.shapes())
+
+
+def test_attention_in_float16_compiles_on_a_cpu() -> None:
+    """JAX's own asks there for a product that sums in float32, which the CPU does not have."""
+    half = [jax.random.normal(jax.random.key(i), (2, 5, 2, 4)).astype(jnp.float16) for i in range(3)]
+    found = jax.jit(lambda q, k, v: attend(q, [Part(k, v)], causal=True))(*half)
+    assert found.dtype == jnp.float16
+    q, k, v = (x.astype(jnp.float32) for x in half)
+    assert_close(found.astype(jnp.float32), attend(q, [Part(k, v)], causal=True), 2**-10)
