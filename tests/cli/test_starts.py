@@ -100,6 +100,7 @@ def test_places_of_two_lengths() -> None:
         to_methods({"a": {"method": "LLaMAAdapter", "length": 0}})
 
 
+@pytest.mark.slow
 def test_rows_are_the_first_batches_of_training(file: Path) -> None:
     job = config.load(file, ["rules={all-linear: {method: LoRA, rank: 2, init_weights: eva}}",
                              "calibration={batches: 2}"])

@@ -81,6 +81,7 @@ def test_it_starts_from_the_base_and_learns() -> None:
     assert not np.allclose(hidden, base, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_the_last_layers_alone() -> None:
     made, wide = model().with_adapter(model().init(jax.random.key(0)), P)
     (pattern, method), = RULES.items()

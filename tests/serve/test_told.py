@@ -36,6 +36,7 @@ def uncached(apply: Any, weights: Any, prompt: list[int], call: jpeft.Call, widt
     return ids[len(prompt):]
 
 
+@pytest.mark.slow
 def test_every_prompt_has_its_task() -> None:
     apply, weights = adapted(model(), MULTITASK, 3.0)
     generator = Generator(model(), apply=apply)
@@ -51,6 +52,7 @@ def test_every_prompt_has_its_task() -> None:
             generator(weights, PROMPTS, max_new_tokens=1, task=task)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_an_invocation_is_where_the_adapter_begins() -> None:
     apply, weights = adapted(model(), ALORA)
     generator = Generator(model(), apply=apply)
