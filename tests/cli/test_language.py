@@ -135,6 +135,7 @@ def test_plain_text_tells_dialogue_apart(texts: Path) -> None:
     assert (texts / runs.SAMPLES).read_text().count("## ") == 2
 
 
+@pytest.mark.slow
 def test_interrupted_run_of_packed_rows_continues_bit_by_bit(
     pairs: Path, files: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

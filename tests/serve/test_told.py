@@ -70,6 +70,7 @@ def test_an_invocation_is_where_the_adapter_begins() -> None:
             generator(weights, PROMPTS, max_new_tokens=1, lengths=given)
 
 
+@pytest.mark.slow
 def test_the_cache_before_an_invocation_is_the_base_model_s() -> None:
     """What the base has read serves the adapter: the call that goes on gives what the whole call does."""
     made = model()

@@ -211,6 +211,7 @@ def setting() -> Any:
     return plan, trainable, frozen
 
 
+@pytest.mark.slow
 def test_dpo_in_a_training_step_needs_no_second_model() -> None:
     """A step takes the bytes of plain fine-tuning on the same batch, and the reference is the frozen base."""
     plan, trainable, frozen = setting()
