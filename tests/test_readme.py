@@ -24,3 +24,11 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     assert losses[-1] < 0.7 * losses[0]
     assert_close(names["trained"](x), names["adapted"](names["trainable"], names["frozen"], x), 1e-5)
     assert "trainable 680 of" in capsys.readouterr().out
+
+
+def test_configurations_that_are_named_are_there():
+    root = README.parent
+    texts = [README, root / "CHANGELOG.md", root / "CONTRIBUTING.md", *(root / "jpeft").rglob("*.py")]
+    named = {name for path in texts for name in re.findall(r"configs/\w+\.yaml", path.read_text(encoding="utf-8"))}
+    assert len(named) > 5
+    assert [name for name in sorted(named) if not (root / name).is_file()] == []

@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
     """Add the command to the command line."""
 
     @app.command(epilog="Example: [bold]jpeft launch --processes 2 --devices-per-process 4 -- "
-                        "train configs/smollm2_sharded.yaml[/bold]")
+                        "train configs/minilm_sharded.yaml[/bold]")
     def launch(
         words: Annotated[list[str], typer.Argument(
             metavar="-- train CONFIG ...", help="What each process runs: jpeft train with its options.")],

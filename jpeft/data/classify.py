@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jpeft.data.checks import check_text, missing, numbers
+from jpeft.data.epochs import Encoded
 from jpeft.errors import (
     ColumnError,
     DataError,
@@ -39,7 +40,7 @@ class Encodes(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Examples:
+class Examples(Encoded):
     """Encoded rows.
 
     Attributes:
@@ -64,18 +65,9 @@ class Examples:
             raise DataError(f"ids, labels, cut, type_ids have lengths {[len(part) for part in parts]}; give each row "
                             "one of each")
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
     @property
-    def truncated(self) -> int:
-        """Number of rows that lost tokens to `max_length`."""
-        return int(self.cut.sum())
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Number of tokens of each row, int64 `[N]`."""
-        return np.array([len(row) for row in self.ids], np.int64)
+    def texts(self) -> tuple[list[np.ndarray], ...]:
+        return (self.ids,)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Examples:
         """Return some of the rows, in the order of `indices`.

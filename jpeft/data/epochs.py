@@ -17,6 +17,34 @@ Part = tuple[np.ndarray, int]  # row numbers of a batch, and its width
 NOTHING = -1  # the label of a token that is not to be predicted
 
 
+class Encoded(abc.ABC):
+    """Rows of token ids, each of one or more texts.
+
+    Attributes:
+        cut: rows that lost tokens to a length limit, bool `[N]`.
+    """
+
+    cut: np.ndarray
+
+    @property
+    @abc.abstractmethod
+    def texts(self) -> Sequence[list[np.ndarray]]:
+        """The texts of a row, S in all: of each the ids in every row, int32 `[n]`."""
+
+    def __len__(self) -> int:
+        return len(self.cut)
+
+    @property
+    def truncated(self) -> int:
+        """Number of rows that lost tokens."""
+        return int(self.cut.sum())
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of the longest text of each row, int64 `[N]`."""
+        return np.array([max(map(len, row)) for row in zip(*self.texts, strict=True)], np.int64)
+
+
 class Epochs(abc.ABC):
     """The batches of every epoch: nothing is stored, any batch can be made at any time.
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jpeft.data.checks import check_limit, check_text, numbers
-from jpeft.data.epochs import NOTHING, Batch, Epochs, padded
+from jpeft.data.epochs import NOTHING, Batch, Encoded, Epochs, padded
 from jpeft.data.sft import Sequences
 from jpeft.errors import ColumnError, DataError, EmptyDataError, MissingValueError
 from jpeft.interop.tokenizer import Tokenizer
@@ -19,7 +19,7 @@ _CHUNK = 2048  # rows tokenised at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Groups:
+class Groups(Encoded):
     """Encoded rows of as many texts each.
 
     Attributes:
@@ -52,8 +52,9 @@ class Groups:
         if len(set(sizes)) > 1:
             raise DataError(f"ids, weights, cut, scores have lengths {sizes}; give each row one of each")
 
-    def __len__(self) -> int:
-        return len(self.cut)
+    @property
+    def texts(self) -> list[list[np.ndarray]]:
+        return self.ids
 
     @property
     def pairs(self) -> np.ndarray:
@@ -64,16 +65,6 @@ class Groups:
     def sides(self) -> int:
         """Texts of a row, S."""
         return len(self.ids)
-
-    @property
-    def truncated(self) -> int:
-        """Number of rows that lost tokens."""
-        return int(self.cut.sum())
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Number of tokens of the longest text of each row, int64 `[N]`."""
-        return np.array([max(map(len, row)) for row in zip(*self.ids, strict=True)], np.int64)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Groups:
         """Return some of the rows, in the order of `indices`.

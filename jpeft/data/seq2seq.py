@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from jpeft.data.checks import check_limit, check_text, numbers
-from jpeft.data.epochs import NOTHING, Batch, Epochs, padded
+from jpeft.data.epochs import NOTHING, Batch, Encoded, Epochs, padded
 from jpeft.data.sft import end_id
 from jpeft.errors import ColumnError, DataError, EmptyDataError, MissingValueError
 from jpeft.interop.tokenizer import Tokenizer
@@ -17,7 +17,7 @@ _CHUNK = 2048  # rows tokenised at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Pairs:
+class Pairs(Encoded):
     """Encoded pairs.
 
     Attributes:
@@ -37,23 +37,14 @@ class Pairs:
         if len(set(sizes)) > 1:
             raise DataError(f"sources, targets, cut have lengths {sizes}; give each row one of each")
 
-    def __len__(self) -> int:
-        return len(self.sources)
-
     @property
-    def truncated(self) -> int:
-        """Number of rows that lost tokens."""
-        return int(self.cut.sum())
+    def texts(self) -> tuple[list[np.ndarray], ...]:
+        return (self.sources, self.targets)
 
     @property
     def learnt(self) -> int:
         """Number of tokens that are learnt."""
         return sum(len(row) for row in self.targets)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Number of tokens of the longer side of each row, int64 `[N]`."""
-        return np.array([max(len(s), len(t)) for s, t in zip(self.sources, self.targets, strict=True)], np.int64)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Pairs:
         """Return some of the rows, in the order of `indices`.

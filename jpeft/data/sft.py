@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from jpeft.data.checks import check_limit, check_text, numbers
+from jpeft.data.epochs import Encoded
 from jpeft.data.turns import Message, Row, rendered, stops, tokenised
 from jpeft.errors import ColumnError, DataError, EmptyDataError, MissingValueError, RowLengthError, TemplateError
 from jpeft.interop.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Sequences:
+class Sequences(Encoded):
     """Encoded sequences of a causal language model.
 
     Attributes:
@@ -50,18 +51,9 @@ class Sequences:
                 raise DataError(f"sequence {i} has {len(ids)} ids and {len(weights)} weights; give each token one, and "
                                 "token 0 the weight 0, since nothing stands before it")
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
     @property
-    def truncated(self) -> int:
-        """Number of sequences that lost tokens to a length limit."""
-        return int(self.cut.sum())
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Number of tokens of each sequence, int64 `[N]`."""
-        return np.array([len(row) for row in self.ids], np.int64)
+    def texts(self) -> tuple[list[np.ndarray], ...]:
+        return (self.ids,)
 
     @property
     def learnt(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jpeft.data.checks import check_limit, check_text, missing, numbers, whole
-from jpeft.data.epochs import NOTHING, Batch, Epochs, padded
+from jpeft.data.epochs import NOTHING, Batch, Encoded, Epochs, padded
 from jpeft.data.table import Table, decoded
 from jpeft.errors import ColumnError, DataFileError, EmptyDataError, LabelError, MissingValueError, nearest
 from jpeft.interop.tokenizer import Tokenizer
@@ -20,7 +20,7 @@ _CHUNK = 2048  # rows tokenised at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Tagged:
+class Tagged(Encoded):
     """Encoded sentences.
 
     Attributes:
@@ -41,23 +41,14 @@ class Tagged:
     type_ids: list[np.ndarray] | None = None
     places: list[np.ndarray] | None = None
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
     @property
-    def truncated(self) -> int:
-        """Number of sentences that lost words to a length limit."""
-        return int(self.cut.sum())
+    def texts(self) -> tuple[list[np.ndarray], ...]:
+        return (self.ids,)
 
     @property
     def words(self) -> int:
         """Number of words that have a label."""
         return sum(int((row >= 0).sum()) for row in self.labels)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Number of tokens of each sentence, int64 `[N]`."""
-        return np.array([len(row) for row in self.ids], np.int64)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Tagged:
         """Return some of the sentences, in the order of `indices`, without the places; no word counts as lost.

@@ -40,6 +40,8 @@ def adapt_prefix(model: Any, plan: Plan) -> Callable[..., Any]:
     """Return what `jpeft.adapt(model.apply, plan)` returns, with every `PrefixTuning` as keys and values of attention.
 
     Outputs and gradients are the same; the batch is not padded, so that no layer computes anything for virtual tokens.
+    A loss is too, if the first real token has no label: only the last virtual token, which has no output here, predicts
+    it.
     The other methods of the plan are adapted as ever. The prefix does not enter the cache: decoding calls the function
     as it is, and `Call(continued=True)` is for prompts alone. In packed sequences, every segment sees the prefix.
 
