@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from jpeft.core import compat
+
 Shape = tuple[int, ...]
 VIEWS = ("reshape", "transpose", "broadcast_in_dim", "squeeze", "convert_element_type", "copy", "slice")
 
@@ -53,7 +55,8 @@ def _walk(jaxpr: Jaxpr, marks: Sequence[bool], wanted: Collection[Shape], found:
 
 def _scan(eqn: Any, body: Jaxpr, given: list[bool], wanted: Collection[Shape], found: dict[int, str]) -> list[bool]:
     """Go round until what the carry depends on no longer grows."""
-    first, carried = eqn.params["num_consts"], eqn.params["num_carry"]
+    parts = compat.scan_parts(eqn)
+    first, carried = parts.n_consts, parts.n_carry
     while True:
         out = _walk(body, given, wanted, found)
         grown = [a or b for a, b in zip(given[first:first + carried], out[:carried], strict=True)]
