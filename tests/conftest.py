@@ -1,4 +1,4 @@
-"""The setting of every test: eight simulated devices, cheap compiles, and tests grouped by what they share."""
+"""The setting of every test: eight simulated devices, and cheap compiles."""
 
 from __future__ import annotations
 
@@ -27,16 +27,6 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 pytest.register_assert_rewrite("cases", "collectives", "flops", "gallery", "layouts", "meshes", "support")
 
 import jax  # noqa: E402
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep tests that share compiled programs in one worker: those of one row of a table, else those of one file."""
-    for item in items:
-        if any(item.iter_markers("xdist_group")):
-            continue
-        params = item.callspec.params if hasattr(item, "callspec") else {}
-        row = params.get("case")
-        item.add_marker(pytest.mark.xdist_group(str(getattr(row, "name", row)) if row is not None else item.path.name))
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def test_quickstarts_differ_in_the_method_alone(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [
-    pytest.param(path, id=path.stem, marks=() if path.stem in ("quickstart", "quickstart_prefix") else pytest.mark.slow)
+    pytest.param(path, id=path.stem, marks=() if path.stem == "quickstart" else pytest.mark.slow)
     for path in QUICK])
 def test_quickstart_runs_for_two_steps(path: Path, tiny: Tiny, tmp_path: Path) -> None:
     assert main(["train", str(path), *tiny.settings(tmp_path)]) == 0

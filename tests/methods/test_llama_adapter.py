@@ -56,6 +56,7 @@ def test_the_equation() -> None:
     assert_close(ours, jnp.asarray(want), 1e-5)
 
 
+@pytest.mark.slow
 def test_it_starts_from_the_base_and_learns() -> None:
     small = model()
     params = small.init(jax.random.key(0))

@@ -29,6 +29,7 @@ def projected(t: Any) -> jax.Array:
     return jnp.stack([jnp.einsum("vh,hnk->vnk", hidden, t["w2"][i]) + t["b2"][i] for i in range(L)])
 
 
+@pytest.mark.slow
 def test_an_encoder_makes_the_prefix(tmp_path: Path) -> None:
     """Against the prefix that it makes, in outputs and gradients; what is saved goes on training."""
     with x64():

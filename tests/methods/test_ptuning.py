@@ -58,6 +58,7 @@ def test_encoder(encoder: str) -> None:
         assert_close(adapted(spread, frozen, ids), want, 1e-10)
 
 
+@pytest.mark.slow
 def test_what_is_saved_goes_on_training(tmp_path: Any) -> None:
     """The encoder is part of the file."""
     plan, base, ids, adapted, spread, frozen = prepare(jpeft.PTuning(length=V, encoder="LSTM"), jnp.float32)

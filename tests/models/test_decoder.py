@@ -287,6 +287,7 @@ def test_dtypes_of_params_and_of_compute() -> None:
         assert str(run(one, p, TOKENS, labels=TOKENS).loss.dtype) == "float32"
 
 
+@pytest.mark.slow
 def test_attention_over_parts_is_attention_over_all_and_repeats_no_key() -> None:
     q = jax.random.normal(jax.random.key(0), (2, 5, 6, 4))
     k, v = (jax.random.normal(jax.random.key(i), (2, 7, 2, 4)) for i in (1, 2))

@@ -89,7 +89,8 @@ def test_sampling_and_ends() -> None:
 
 
 @pytest.mark.parametrize("rules", [
-    {"embed/embedding": jpeft.PromptTuning(length=3), ".*/(query|value)/kernel": jpeft.LoRA(rank=2)},
+    pytest.param({"embed/embedding": jpeft.PromptTuning(length=3), ".*/(query|value)/kernel": jpeft.LoRA(rank=2)},
+                 marks=pytest.mark.slow),
     pytest.param({"encoder/layers/attention/(key|value)/kernel": jpeft.PrefixTuning(length=3)},
                  marks=pytest.mark.slow),
     pytest.param({"(encoder/layers/attention|decoder/layers/cross)/(key|value)/kernel": jpeft.PrefixTuning(length=3)},

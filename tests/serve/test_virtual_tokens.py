@@ -91,7 +91,7 @@ def test_nothing_is_traced_again() -> None:
 
 @pytest.mark.parametrize("windows", [
     pytest.param({"window": 9, "local": (0,)}, id="some layers", marks=pytest.mark.slow),
-    pytest.param({"window": 9, "local": (0, 1)}, id="all layers")])
+    pytest.param({"window": 9, "local": (0, 1)}, id="all layers", marks=pytest.mark.slow)])
 def test_windows_reach_as_far_as_without_padding(windows: dict[str, Any]) -> None:
     made = model(**windows)
     apply, weights = adapted(made, RULES["prompt"])

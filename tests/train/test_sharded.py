@@ -53,7 +53,7 @@ def whole(tree: Any) -> set[tuple[int, ...]]:
     return {leaf.shape for leaf in jax.tree.leaves(tree["layers"]) if leaf.ndim > 2}
 
 
-@pytest.mark.parametrize("layout", ["DP", "FSDP"])
+@pytest.mark.parametrize("layout", ["DP", pytest.param("FSDP", marks=pytest.mark.slow)])
 def test_only_gradients_of_the_adapter_are_summed_over_devices(layout: str) -> None:
     run = meshes.train("zoo", "LoRA", layout, 8)
     text = run.compiled.as_text()
