@@ -26,7 +26,8 @@ def _setup(scanned: bool, remat: bool):
 
 
 @pytest.mark.parametrize(("scanned", "remat"), [
-    pytest.param(False, False, id="unrolled-plain"), pytest.param(True, True, id="scanned-remat", marks=pytest.mark.slow),
+    pytest.param(False, False, id="unrolled-plain"),
+    pytest.param(True, True, id="scanned-remat", marks=pytest.mark.slow),
     pytest.param(False, True, id="unrolled-remat", marks=pytest.mark.slow),
     pytest.param(True, False, id="scanned-plain", marks=pytest.mark.slow)])
 def test_flops_of_a_lora_step_are_at_the_floor(scanned, remat):
