@@ -25,6 +25,7 @@ USER_RULES: dict[str, Callable[..., Any]] = {}
 TRANSPARENT = frozenset({"convert_element_type", "reshape", "transpose", "squeeze", "expand_dims", "copy", "name",
                          "psum", "psum_invariant", "reduce_scatter", "sharding_constraint", "optimization_barrier",
                          "pvary", "pcast", "broadcast_in_dim", "reduce_precision", "reshard"})
+SCALING = frozenset({"mul", "div", "neg", "select_n"})
 ELEMENTWISE = frozenset({"add", "sub", "mul", "div", "max", "min", "neg", "convert_element_type", "and", "or", "clamp",
                          "shift_left", "shift_right_logical", "shift_right_arithmetic", "select_n", "round", "exp2"})
 
@@ -296,6 +297,11 @@ def _pass_pending(ctx: Context, eqn: Any, values: list[Any]) -> Sequence[Any] | 
         elif pending.late and not isinstance(other, Leaf) and np.shape(other) == np.shape(pending.y):
             return [pending.join(lambda y: compat.rebind(eqn, [y, other] if where[0] == 0 else [other, y])[0])]
         return None
+    if name in SCALING and len(late) == 1 and tuple(eqn.outvars[0].aval.shape) == np.shape(values[late[0]].y):
+        last = values[late[0]].settle()  # dropout or a gain, on the way to the residual stream
+        rest = [ctx.whole(v, eqn) if isinstance(v, Leaf) else v for v in values]
+        y = compat.rebind(eqn, [last.y if i == late[0] else v for i, v in enumerate(rest)])[0]
+        return [dataclasses.replace(last, y=y, done=None)]
     if name in TRANSPARENT and len(values) == 1:
         pending = values[0]
         y = compat.rebind(eqn, [pending.y])[0]

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from cli.tinyjob import Tiny
+from rich.console import Console
 
 from jpeft.cli.board import bench, config, plot, results, table
 from jpeft.cli.board.config import Run
@@ -182,6 +184,19 @@ def test_options_of_boards(home: Path, job: Path, capsys: pytest.CaptureFixture[
 
 def test_frontier_of_losses_points_down() -> None:
     assert plot.frontier([(1, 9.0), (2, 8.0), (3, 8.5)], more=False) == [0, 1]
+
+
+def test_each_task_has_a_head_for_its_classes(home: Path, tmp_path: Path) -> None:
+    """One model in two tasks is read for each of them."""
+    data = yaml.safe_load(home.read_text())
+    more = {**data["tasks"]["films"]["data"], "classes": ["negative", "positive", "neither"]}
+    data["tasks"]["three"] = {**data["tasks"]["films"], "data": more}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(data))
+    board = config.load(tmp_path / "two.yaml")
+    made = bench.Bench(board, Console(stderr=True))
+    for task, classes in (("films", 2), ("three", 3), ("films", 2)):
+        loaded = made._load(board.jobs[Run(task, "lora", 0)])
+        assert loaded.params["classifier"]["bias"].shape == (classes,)
 
 
 def test_few_parameters_and_near_the_reference(done: Path) -> None:

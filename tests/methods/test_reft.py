@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from support import assert_close, randomise, x64
 
 import jpeft
@@ -99,6 +100,25 @@ def test_behind_virtual_tokens_the_first_tokens_are_the_real_ones() -> None:
         both = jnp.concatenate([jnp.broadcast_to(spread["embed"]["p"], (2, 2, D)), base["embed"][ids]], 1)
         want = block(base, both, lambda h, path: h.at[:, 2].set(direft(spread[path], h[:, 2])))
         assert_close(jpeft.adapt(apply, plan)(spread, frozen, ids), want[:, 2:], 1e-10)
+
+
+def test_dropout_and_a_gain_on_the_way_to_the_stream() -> None:
+    """The edit is of the sum that the model makes, whatever scales the output before."""
+    drop = nn.Dropout(0.5, deterministic=False)
+
+    def apply(p: Any, h: jax.Array, key: jax.Array) -> jax.Array:
+        out = (h @ p["w"] + p["bias"]) * p["gain"]
+        return h + drop.apply({}, -out / 2, rngs={"dropout": key})
+
+    with x64():
+        h, key = randomise(jnp.zeros((B, T, D)), 3, 1.0), jax.random.key(1)
+        base = {**params()["0"], "gain": jnp.arange(1.0, D + 1)}
+        method = jpeft.DiReFT(rank=2, prefix_positions=2)
+        plan = jpeft.plan(apply, base, (h, key), {"w": method}, tokens=jpeft.Tokens(ids=0))
+        start, frozen = jpeft.init(plan, base, jax.random.key(0))
+        spread, stream = randomise(start, 5), apply(base, h, key)
+        want = stream.at[:, :2].set(direft(spread["w"], stream[:, :2]))
+        assert_close(jpeft.adapt(apply, plan)(spread, frozen, h, key), want, 1e-10)
 
 
 def test_the_output_alone() -> None:

@@ -120,8 +120,9 @@ class Bench:
         return loaded.task.told(job, data, build.batches(job, data["train"], shuffle=True))
 
     def _load(self, job: JobConfig) -> Loaded:
-        """Return the model; a new head depends on the seed, places in it on the methods."""
-        said = json.dumps([[job.model.model_dump(), places(to_methods(job.rules))], job.seed], sort_keys=True)
+        """Return the model; a new head depends on the classes and the seed, places in it on the methods."""
+        shared = [job.model.model_dump(), job.data.model_dump(), places(to_methods(job.rules))]
+        said = json.dumps([shared, job.seed], sort_keys=True)
         if said not in self._models:
             if not any(json.loads(other)[0] == json.loads(said)[0] for other in self._models):
                 self._models.clear()
