@@ -70,7 +70,7 @@ class AdaLoRA(Method):
     total_step: int | None = None
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
-    recommended_lr: ClassVar[float] = 5e-3
+    recommended_lr: ClassVar[float] = 2e-2
     formula: ClassVar[str] = "init_r * (in + out + 1)"
     peft_type: ClassVar[str | None] = "ADALORA"
 

@@ -160,6 +160,7 @@ class AdapterPlus(Pfeiffer):
     reduction_factor: float = 96.0
     activation: str = "gelu"
 
+    recommended_lr: ClassVar[float] = 3e-3
     formula: ClassVar[str] = "h * (2 * out + 1) + 2 * out"
 
     def _down(self, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:

@@ -45,7 +45,7 @@ class DiffPruning(Method):
     alpha_init: float = 5.0
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding", "tied", "bias", "scale", "other"})
-    recommended_lr: ClassVar[float] = 1e-4
+    recommended_lr: ClassVar[float] = 5e-4
     formula: ClassVar[str] = "2 * size"
 
     def __post_init__(self) -> None:

@@ -50,7 +50,7 @@ class GraLoRA(Method):
     hybrid_r: int = 0
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear"})
-    recommended_lr: ClassVar[float] = 5e-4
+    recommended_lr: ClassVar[float] = 2e-3
     formula: ClassVar[str] = "(rank + hybrid_r) * (in + out)"
     peft_type: ClassVar[str | None] = "GRALORA"
 

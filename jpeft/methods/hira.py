@@ -42,7 +42,7 @@ class HiRA(Method):
     init_weights: str = "kaiming"
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding", "tied"})
-    recommended_lr: ClassVar[float] = 5e-3
+    recommended_lr: ClassVar[float] = 2e-2
     formula: ClassVar[str] = "rank * (in + out)"
     peft_type: ClassVar[str | None] = "HIRA"
 

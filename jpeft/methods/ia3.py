@@ -40,7 +40,7 @@ class IA3(Method):
     on: str = "out"
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding", "tied"})
-    recommended_lr: ClassVar[float] = 3e-3
+    recommended_lr: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "out if on == 'out' else in"
     peft_type: ClassVar[str | None] = "IA3"
 

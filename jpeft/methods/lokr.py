@@ -53,7 +53,7 @@ class LoKr(Method):
     factor: int = -1
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear"})
-    recommended_lr: ClassVar[float] = 1e-3
+    recommended_lr: ClassVar[float] = 5e-3
     formula: ClassVar[str] = "m * p + rank * (n + q)"
     peft_type: ClassVar[str | None] = "LOKR"
 

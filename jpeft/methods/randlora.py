@@ -55,7 +55,7 @@ class RandLoRA(Method):
     very_sparse: bool = False
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear"})
-    recommended_lr: ClassVar[float] = 2e-4
+    recommended_lr: ClassVar[float] = 1e-3
     formula: ClassVar[str] = "N * (rank + min(in, out))"
     peft_type: ClassVar[str | None] = "RANDLORA"
 

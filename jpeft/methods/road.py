@@ -49,7 +49,7 @@ class RoAd(Method):
     group_size: int = 64
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear"})
-    recommended_lr: ClassVar[float] = 3e-3
+    recommended_lr: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "k * out"
     peft_type: ClassVar[str | None] = "ROAD"
 

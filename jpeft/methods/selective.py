@@ -86,7 +86,7 @@ class LayerNormTuning(_Delta):
     """
 
     uses: ClassVar[frozenset[str]] = frozenset({"scale", "bias"})
-    recommended_lr: ClassVar[float] = 1e-3
+    recommended_lr: ClassVar[float] = 4e-3
     formula: ClassVar[str] = "size"
     peft_type: ClassVar[str | None] = "LN_TUNING"
 

@@ -89,7 +89,7 @@ class SHiRA(_Places):
     seed: int = 777
 
     letter: ClassVar[str] = "v"
-    recommended_lr: ClassVar[float] = 1e-3
+    recommended_lr: ClassVar[float] = 4e-3
     formula: ClassVar[str] = "rank * (in + out)"
     peft_type: ClassVar[str | None] = "SHIRA"
 

@@ -42,7 +42,7 @@ class TrainableTokens(Method):
     token_indices: tuple[int, ...] = ()
 
     uses: ClassVar[frozenset[str]] = frozenset({"embedding", "tied"})
-    recommended_lr: ClassVar[float] = 1e-2
+    recommended_lr: ClassVar[float] = 3e-3
     formula: ClassVar[str] = "len(token_indices) * out"
     peft_type: ClassVar[str | None] = "TRAINABLE_TOKENS"
 

@@ -56,7 +56,7 @@ class VBLoRA(Method):
     init_weights: str = "frozen"
 
     uses: ClassVar[frozenset[str]] = frozenset({"linear"})
-    recommended_lr: ClassVar[float] = 2e-3
+    recommended_lr: ClassVar[float] = 1e-2
     formula: ClassVar[str] = "rank * (in + out) / vector_length * num_vectors + [num_vectors * vector_length]"
     peft_type: ClassVar[str | None] = "VBLORA"
 

@@ -75,7 +75,7 @@ class PromptTuning(Virtual):
     init_ids: tuple[int | tuple[int, ...], ...] = ()
 
     uses: ClassVar[frozenset[str]] = frozenset({"embedding", "tied"})
-    recommended_lr: ClassVar[float] = 3e-2
+    recommended_lr: ClassVar[float] = 3e-3
     formula: ClassVar[str] = "length * out"
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
 
