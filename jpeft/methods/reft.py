@@ -58,7 +58,7 @@ class DiReFT(Method):
 
     hooks: ClassVar[bool] = True
     call: ClassVar[frozenset[str]] = frozenset({"lengths"})
-    recommended_lr: ClassVar[float] = 1e-3
+    recommended_lr: ClassVar[float] = 4e-3
     formula: ClassVar[str] = "edits * (2 * rank * out + rank)"
 
     def __post_init__(self) -> None:
