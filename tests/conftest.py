@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -27,6 +28,14 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 pytest.register_assert_rewrite("cases", "collectives", "flops", "gallery", "layouts", "meshes", "support")
 
 import jax  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _garbage_is_collected_once_a_module() -> Iterator[None]:
+    """The heap of a process that traces all day is large: walking it at every turn is a tenth of the suite's time."""
+    gc.disable()
+    yield
+    gc.collect()
 
 
 @pytest.fixture
