@@ -85,14 +85,16 @@ LOOKUP = [
 
 
 def each(*layouts: Layout) -> dict[str, Any]:
-    """Arguments of `pytest.mark.parametrize`."""
-    return {"argnames": "layout", "argvalues": layouts, "ids": str}
+    """Arguments of `pytest.mark.parametrize`; of many layouts every other one is for the slow tier."""
+    slow = pytest.mark.slow if len(layouts) > 6 else ()
+    return {"argnames": "layout", "ids": str, "argvalues": [
+        pytest.param(layout, marks=slow if i % 2 else ()) for i, layout in enumerate(layouts)]}
 
 
 def sample(first: Layout, *more: Layout) -> dict[str, Any]:
     """The same, with all but the first in the slow tier."""
-    return {"argnames": "layout", "argvalues": [first, *(pytest.param(m, marks=pytest.mark.slow) for m in more)],
-            "ids": str}
+    return {"argnames": "layout", "argvalues": [first, *(
+        pytest.param(m, marks=pytest.mark.slow) for m in more if m is not first)], "ids": str}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -131,7 +131,9 @@ METHODS = {"LoRA": jpeft.LoRA(rank=RANK, alpha=8), "DoRA": jpeft.DoRA(rank=RANK,
            "LoKr": jpeft.LoKr(rank=RANK), "OFT": jpeft.OFT(block_size=8), "Pfeiffer": jpeft.Pfeiffer(bottleneck=4)}
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("method", [
+    pytest.param(m, id=name, marks=pytest.mark.slow if name in ("IA3", "LoKr", "OFT") else ())
+    for name, m in METHODS.items()])
 def test_the_backward_pass_of_a_scan_reads_the_weights_where_they_lie(method):
     """What a scan saves for its backward pass holds no copy of the stacked base weights."""
     _, params, x, _ = _setup(True, False)

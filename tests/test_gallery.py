@@ -18,9 +18,11 @@ import jpeft
 
 TOL = {"float64": 1e-10, "float32": 1e-5}
 SAME = {"float64": 1e-12, "float32": 1e-6}
-ROWS = [pytest.param(c, t, id=f"{c.name}-{t}", marks=() if t == c.dtypes[0] else pytest.mark.slow)
-        for c in CASES if not c.error for t in c.dtypes]
-FIRST = [pytest.param(c, c.dtypes[0], id=c.name) for c in CASES if not c.error]
+# Every case is planned and read in the default tier, every other one traced, every third compiled and compared.
+ROWS = [pytest.param(c, t, id=f"{c.name}-{t}", marks=() if t == c.dtypes[0] and i % 3 == 0 else pytest.mark.slow)
+        for i, c in enumerate(c for c in CASES if not c.error) for t in c.dtypes]
+FIRST = [pytest.param(c, c.dtypes[0], id=c.name, marks=pytest.mark.slow if i % 2 else ())
+         for i, c in enumerate(c for c in CASES if not c.error)]
 ERRORS = [pytest.param(c, id=c.name) for c in CASES if c.error]
 ROLES = [pytest.param(c, id=c.name) for c in CASES if c.expect]
 

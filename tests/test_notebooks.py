@@ -30,7 +30,8 @@ def test_is_committed_without_outputs(path: Path) -> None:
 
 @pytest.mark.slow
 @each
-def test_runs(path: Path, tmp_path: Path) -> None:
+def test_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XLA_FLAGS")  # quick compiles are for tests; a notebook runs as its reader runs it
     reason = "it runs notebooks: pip install -e '.[test]'"
     nbclient = pytest.importorskip("nbclient", reason=reason)
     nbformat = pytest.importorskip("nbformat", reason=reason)

@@ -63,6 +63,7 @@ def done(home: Path) -> Path:
     return home
 
 
+@pytest.mark.slow
 def test_results_say_what_ran(done: Path) -> None:
     found = results.read(done.with_suffix(".json"))
     board = config.load(done)
@@ -78,6 +79,7 @@ def test_results_say_what_ran(done: Path) -> None:
     assert found[Run("films", "lora", 0)].compile_seconds == one.compile_seconds  # of one program
 
 
+@pytest.mark.slow
 def test_a_finished_board_runs_nothing(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = done.with_suffix(".json").read_bytes()
     monkeypatch.setattr(bench.Bench, "run", None)
@@ -85,6 +87,7 @@ def test_a_finished_board_runs_nothing(done: Path, monkeypatch: pytest.MonkeyPat
     assert done.with_suffix(".json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_table_and_plot(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done.with_suffix(".png").unlink()
     assert main(["compare", str(done), "--max-minutes", "0"]) == 0
@@ -103,6 +106,7 @@ def test_a_session_stops_after_its_minutes(home: Path, tmp_path: Path, capsys: p
     assert not (tmp_path / "new.json").exists()
 
 
+@pytest.mark.slow
 def test_results_of_other_values_are_not_mixed(done: Path, monkeypatch: pytest.MonkeyPatch,
                                                capsys: pytest.CaptureFixture[str]) -> None:
     other = ["compare", str(done), "--set", "entries.lora.learning_rate=0.5"]
@@ -132,6 +136,7 @@ def test_a_run_that_fails_does_not_end_the_board(home: Path, tmp_path: Path, mon
     assert "2 of the runs failed; full on films, seed 0: loss is nan" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "said"), [
     ('{"format": 1, "resul', "is no file of results"), ('{"format": 7, "results": []}', "of format 1"),
     ('{"format": 1, "results": [{"task": "films"}]}', "has not the fields of a run"),
@@ -199,6 +204,7 @@ def test_each_task_has_a_head_for_its_classes(home: Path, tmp_path: Path) -> Non
         assert loaded.params["classifier"]["bias"].shape == (classes,)
 
 
+@pytest.mark.slow
 def test_few_parameters_and_near_the_reference(done: Path) -> None:
     board = config.load(done)
     found = {run: made for run, made in results.read(board.results).items() if run.seed == 0}

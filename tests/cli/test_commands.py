@@ -67,6 +67,7 @@ def test_interrupted_run_continues_bit_by_bit(
         assert (folder / name).read_bytes() == (run / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_run_that_was_killed_before_its_summary(run: Path, job: Path) -> None:
     shutil.copytree(run, run.parent / "late")
     (run.parent / "late" / "summary.json").unlink()
@@ -156,6 +157,7 @@ def test_compare(run: Path, job: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "LoRA" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_compare_runs_what_is_missing(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "fresh.yaml"
     config.write_text(job.read_text().replace(str(job.parent / "runs"), str(tmp_path / "runs")))

@@ -169,6 +169,7 @@ def test_a_classifier_writes_nothing(tiny: Any, capsys: Capture) -> None:
     assert "error: a model with the task 'hidden' writes no text" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_turns_a_text_into_another(tmp_path: Path, capsys: Capture) -> None:
     tokenizer = tokenizer_of(["abcdefgh"])
     model, params = fresh({"model_type": "t5", "d_model": 16, "d_kv": 4, "num_heads": 4, "d_ff": 32, "num_layers": 1},

@@ -125,6 +125,7 @@ def test_conversations_are_asked_for_their_last_turn(files: dict[str, Path]) -> 
     assert [text.split().count("assistant") for text in said] == [2] * 3
 
 
+@pytest.mark.slow
 def test_plain_text_tells_dialogue_apart(texts: Path) -> None:
     found = summary_of(texts)
     assert found.test["count"] == 6 * 15

@@ -49,6 +49,7 @@ def summary_of(folder: Path) -> runs.RunSummary:
     return found
 
 
+@pytest.mark.slow
 def test_training_from_random_weights_leaves_a_model(first: Path) -> None:
     found = summary_of(first)
     assert found.percent == 100
@@ -68,6 +69,7 @@ def test_training_from_random_weights_leaves_a_model(first: Path) -> None:
     np.testing.assert_allclose(plain, adapted.apply(adapted.trainable, adapted.frozen, batch), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_lora_goes_on_from_it(second: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = summary_of(second)
     assert set(found.before) == set(found.test) == {"loss", "perplexity", "count", "exact_match", "answers"}
@@ -113,12 +115,15 @@ def test_prefix_before_the_text(home: Path, first: Path) -> None:
     ("first", ["data.test=0.95"], "leave no row for train"),
     ("first", ["model.source.model_type=t6"], "model.source.model_type = 't6' is no model for the task 'seq2seq'"),
     ("first", ["model.source.d_modle=3"], "d_modle"),
-    ("second", ["data.completion='{bcak}'"], "nearest: 'back'"),
-    ("second", ["model.characters=x"], "model.characters is for a model with random weights"),
-    ("second", ["model.source={model_type: t5}", "model.task=causal-lm", "data.buckets=null"], "unknown key"),
+    *(pytest.param("second", *row, marks=pytest.mark.slow) for row in [
+        (["data.completion='{bcak}'"], "nearest: 'back'"),
+        (["model.characters=x"], "model.characters is for a model with random weights"),
+        (["model.source={model_type: t5}", "model.task=causal-lm", "data.buckets=null"], "unknown key")]),
 ])
-def test_mistakes_are_one_line(home: Path, first: Path, name: str, settings: list[str], said: str, tmp_path: Path,
-                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(home: Path, name: str, settings: list[str], said: str, tmp_path: Path,
+                               capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> None:
+    if name == "second":
+        request.getfixturevalue("first")  # its model
     sets = [word for one in (*settings, f"output={tmp_path / 'runs'}") for word in ("--set", one)]
     assert main(["train", str(home / f"{name}.yaml"), *sets]) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -127,6 +132,7 @@ def test_mistakes_are_one_line(home: Path, first: Path, name: str, settings: lis
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_what_a_run_from_random_weights_is_resumed_with(home: Path, first: Path,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
     again = config.load(first / runs.CONFIG)

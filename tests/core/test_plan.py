@@ -90,7 +90,8 @@ def test_uses_unite_roles():
     np.testing.assert_allclose(jpeft.adapt(decode, plan)(t, f, x), decode(merged, x), rtol=1e-5)
 
 
-@pytest.mark.parametrize("scanned", [True, False], ids=["scanned", "unrolled"])
+@pytest.mark.parametrize("scanned", [
+    pytest.param(True, id="scanned"), pytest.param(False, id="unrolled", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", [
     pytest.param(jpeft.LoRA(rank=2), id="LoRA"), pytest.param(jpeft.IA3(), id="IA3", marks=pytest.mark.slow),
     pytest.param(jpeft.DoRA(rank=2), id="DoRA", marks=pytest.mark.slow)])

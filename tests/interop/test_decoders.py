@@ -52,7 +52,8 @@ def config_of(name: str, **keys: Any) -> Any:
 
 
 @rows
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("dtype", [
+    pytest.param(np.float32, id="f32"), pytest.param(ml_dtypes.bfloat16, id="bf16", marks=pytest.mark.slow)])
 def test_read_write_read_is_bit_exact(case: Case, dtype: Any, tmp_path: Path) -> None:
     folder = put(write(case, tmp_path / "old"), tensors(case, dtype))
     model, params, _ = from_pretrained(folder)
@@ -66,7 +67,7 @@ def test_read_write_read_is_bit_exact(case: Case, dtype: Any, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@rows
+@pytest.mark.parametrize("case", {case.kind: case for case in CASES}.values(), ids=lambda case: case.name)
 def test_a_model_made_from_nothing_can_be_written(case: Case, tmp_path: Path) -> None:
     fields = {"labels": 3} if case.task == "classification" else {}
     config = DECODERS[case.kind].read(case.config, "config.json", task=case.task, **fields)

@@ -135,7 +135,8 @@ def test_heads_are_found_in_fused_kernels() -> None:
 
 # --- reading ---
 
-@pytest.mark.parametrize("kind", sorted(FIRST))
+@pytest.mark.parametrize("kind", [
+    pytest.param(kind, marks=pytest.mark.slow if i % 3 else ()) for i, kind in enumerate(sorted(FIRST))])
 def test_a_mesh_holds_what_one_device_reads(kind: str, tmp_path: Path) -> None:
     module, case = FIRST[kind]
     folder = module.write(case, tmp_path)

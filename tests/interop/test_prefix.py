@@ -67,7 +67,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], jpeft.Tokens, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(n, marks=() if n in ("decoder", "encoder") else pytest.mark.slow) for n in ROWS])
+    pytest.param(n, marks=() if n == "encoder" else pytest.mark.slow) for n in ROWS])
 def test_equal_to_virtual_tokens(name: str) -> None:
     model, rules, tokens, more = ROWS[name]
     params, inputs = model.init(jax.random.key(0)), {"attention_mask": MASK, **more}

@@ -50,7 +50,8 @@ def bits(tree: Any) -> list[bytes]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("dtype", [
+    pytest.param(np.float32, id="f32"), pytest.param(ml_dtypes.bfloat16, id="bf16", marks=pytest.mark.slow)])
 def test_read_write_read_is_bit_exact(case: Case, dtype: Any, tmp_path: Path) -> None:
     folder = put(write(case, tmp_path / "old"), tensors(case, dtype))
     model, params, _ = from_pretrained(folder)

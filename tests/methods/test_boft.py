@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from layouts import LINEAR, PLAIN, Layout, check, each, prepare
+from layouts import LINEAR, PLAIN, Layout, check, prepare, sample
 
 import jpeft
 from jpeft.errors import MethodConfigError
@@ -37,7 +37,7 @@ def equation(theta: dict[str, jax.Array], w: jax.Array, b: int) -> jax.Array:
     return w * theta["s"].reshape(-1)
 
 
-@pytest.mark.parametrize(**each(LINEAR[1], LINEAR[3], LINEAR[4]))
+@pytest.mark.parametrize(**sample(LINEAR[1], LINEAR[3], LINEAR[4]))
 def test_equation(layout: Layout) -> None:
     check(jpeft.BOFT(block_size=2, n_butterfly_factor=3), layout, functools.partial(equation, b=2))
 

@@ -32,7 +32,7 @@ def equation(theta: dict[str, jax.Array], w: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize("init", ["frozen", "plain"])
-@pytest.mark.parametrize(**sample(PLAIN, *LINEAR))
+@pytest.mark.parametrize(**sample(PLAIN, LINEAR[2], LINEAR[5], LINEAR[6]))
 def test_equation(layout: Layout, init: str) -> None:
     check(jpeft.VBLoRA(**{**vars(VB), "init_weights": init}), layout, equation)
 

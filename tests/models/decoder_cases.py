@@ -140,6 +140,9 @@ CASES = (
 _FIRST = {case.kind: case for case in reversed(CASES)}
 EACH = [pytest.param(case, id=case.name, marks=() if _FIRST[case.kind] is case else pytest.mark.slow) for case in CASES]
 """One case of each family in the default tier, all of them in the slow one."""
+HALF = [pytest.param(*row.values, id=row.id, marks=pytest.mark.slow) if i % 2 else row
+        for i, row in enumerate(row for row in EACH if not row.marks)] + [row for row in EACH if row.marks]
+"""The same for what is dear: every other family in the default tier."""
 
 
 def _linear(name: str, out: int, into: int, bias: bool = False) -> dict[str, tuple[int, ...]]:

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("flax", reason="needs flax, which the models are written in")
 
 from gallery.audit import dense_weights
-from models.decoder_cases import CASES, EACH, Case, inputs
+from models.decoder_cases import CASES, HALF, Case, inputs
 from support import assert_close, quick_compile, randomise
 
 import jpeft
@@ -48,7 +48,7 @@ def model_of(case: Case) -> Decoder:
     return Decoder(DECODERS[case.kind].read(case.config, case.name, task=case.task, labels=3))
 
 
-@pytest.mark.parametrize("case", EACH)
+@pytest.mark.parametrize("case", HALF)
 def test_lora_materialises_no_weight_in_any_family(case: Case) -> None:
     model = model_of(case)
     batch, params = inputs(case), model.shapes()
@@ -142,7 +142,9 @@ def test_the_names_are_kept_for_the_backward_pass() -> None:
     assert full < names < none
 
 
-@pytest.mark.parametrize("config", [BASE, MIXED, RING, TABLE], ids=["plain", "mixed", "ring", "table"])
+@pytest.mark.parametrize("config", [
+    pytest.param(BASE, id="plain"), pytest.param(MIXED, id="mixed", marks=pytest.mark.slow),
+    pytest.param(RING, id="ring"), pytest.param(TABLE, id="table", marks=pytest.mark.slow)])
 def test_a_cache_changes_nothing(config: DecoderConfig) -> None:
     model, params = made(config)
     whole, step = run(model, params, TOKENS), jax.jit(model.apply)

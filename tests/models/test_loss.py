@@ -76,7 +76,7 @@ def test_wrong_inputs(change: dict[str, Any], text: str) -> None:
                                  **change})
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_an_adapted_head_stays_adapted_inside(tied: bool) -> None:
     """The engine sees the head through scan and checkpoint: no weight is formed, and it equals merged weights."""
     _, kernel, labels, weights = data()

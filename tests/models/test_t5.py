@@ -87,7 +87,8 @@ def target(case: Case) -> np.ndarray | None:
     return labels(case) if case.task == "seq2seq" else None
 
 
-@rows
+@pytest.mark.parametrize("case", [
+    pytest.param(case, id=case.name, marks=pytest.mark.slow if i % 2 else ()) for i, case in enumerate(CASES)])
 def test_equals_the_recorded_outputs(case: Case, tmp_path: Path) -> None:
     recorded = np.load(GOLDEN)
     theirs = {name.split("/")[1]: recorded[name] for name in recorded.files if name.split("/")[0] == case.name}

@@ -70,11 +70,11 @@ def test_greedy_is_that_of_transformers(smollm: tuple[Decoder, Any, Any]) -> Non
     assert path is not None
     other = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     generator = Generator(model, tokenizer)
-    batch = generator(params, PROMPTS, max_new_tokens=32)
+    batch = generator(params, PROMPTS, max_new_tokens=20)
     assert generator.traces == {"prefill": 1, "decode": 1}
     for prompt, answer in zip(PROMPTS, batch, strict=True):
         ids = torch.tensor([tokenizer.encode([prompt])[0].ids])
-        theirs = other.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=32,
+        theirs = other.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20,
                                 pad_token_id=2, eos_token_id=2)[0, ids.shape[1]:].tolist()
         assert answer.tokens == theirs, prompt
     rows = tokenizer(PROMPTS, padding_side="left")

@@ -59,6 +59,7 @@ def adapted(made: T5, params: Any, rules: dict[str, Any]) -> tuple[Any, tuple[An
     return jpeft.adapt(made.apply, plan), (randomise(trainable, 2, 1.0), frozen)
 
 
+@pytest.mark.slow
 def test_cached_greedy_is_uncached_greedy() -> None:
     made, params = model()
     generator = Generator(made)

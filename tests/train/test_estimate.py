@@ -99,6 +99,7 @@ def test_bfloat16_halves_what_is_bfloat16(said: Estimate) -> None:
     assert half.sent < 0.7 * said.sent
 
 
+@pytest.mark.slow
 def test_a_fused_kernel_holds_no_scores(said: Estimate) -> None:
     long = job(length=4 * T, remat="full")
     scores, fused = estimate(long), estimate(dataclasses.replace(long, attention="fused"))

@@ -197,7 +197,8 @@ def test_arguments_that_do_not_fit():
         make(Optimizer(learning_rate=0.1, lora_plus=4.0), 5, {"s": PARAMS["s"]})
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor", "muon", "schedule_free"])
+@pytest.mark.parametrize("name", ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in (
+    "lion", "sgd", "adafactor", "muon", "schedule_free"))])
 def test_a_leaf_may_have_a_rate_of_its_own(name):
     """Which is what training with that rate alone would do to it, decay included."""
     kind = "constant" if name == "schedule_free" else "linear"

@@ -21,7 +21,7 @@ from jpeft.train import create, make_train_step
 pytest.importorskip("flax", reason="needs flax, which the models are written in")
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 
-QUICK = (("zoo", "LoRA", "DP"), ("zoo", "LoRA", "FSDP"))
+QUICK = (("zoo", "LoRA", "FSDP"),)
 GRID = [*(("zoo", m, lay) for m in meshes.METHODS for lay in meshes.LAYOUTS),
         *(("nnx", m, lay) for m, lay in zip(meshes.METHODS, meshes.LAYOUTS, strict=True))]
 SCALARS = 64  # bytes: the loss, its count, the norm of the gradients
