@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import zlib
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +30,29 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 pytest.register_assert_rewrite("cases", "collectives", "flops", "gallery", "layouts", "meshes", "support")
 
 import jax  # noqa: E402
+
+# Files whose slow rows are sweeps over methods, models and layouts: of these the check takes one half at a commit.
+SWEEPS = {"test_laws.py", "test_gallery.py", "test_sharded.py", "methods", "models", "interop"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--half", type=int, help="of the slow sweeps, run the rows of one half: an even or an odd number")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    half, folder = config.getoption("half"), Path(__file__).parent
+    if half is None:
+        return
+
+    def other(item: pytest.Item) -> bool:
+        """Rows are halved by their names, so that all tests of a row come together."""
+        path, row = item.path.relative_to(folder), item.name.partition("[")[2]
+        sweep = path.parts[0] in SWEEPS or path.name in SWEEPS
+        return bool(row) and sweep and "slow" in item.keywords and zlib.crc32(row.encode()) % 2 != half % 2
+
+    left = [item for item in items if other(item)]
+    items[:] = [item for item in items if not other(item)]
+    config.hook.pytest_deselected(items=left)
 
 
 @pytest.fixture(scope="module", autouse=True)
