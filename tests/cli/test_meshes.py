@@ -26,8 +26,7 @@ from jpeft.cli.meshes import MeshConfig
 from jpeft.errors import ConfigError
 
 STEPS = 6
-LAYOUTS = {"DP": "{data: 8}", "FSDP": "{fsdp: 8}", "TP": "{tensor: 2, data: 4}", "FSDPxTP": "{fsdp: 4, tensor: 2}",
-           "sequence": "{fsdp: 2, sequence: 2}"}
+LAYOUTS = {"DP": "{data: 8}", "FSDPxTP": "{fsdp: 4, tensor: 2}", "sequence": "{fsdp: 2, sequence: 2}"}
 needs_eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 
 
@@ -77,7 +76,7 @@ def alone(home: Path) -> Path:
 
 @needs_eight
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["DP", "FSDPxTP", "sequence"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_on_a_mesh_are_those_of_one_device(layout: str, home: Path, alone: Path, capsys: Any) -> None:
     assert main(["train", str(home / "job.yaml"), "--name", layout, "--set", f"mesh={LAYOUTS[layout]}"]) == 0
     folder = home / "runs" / layout
