@@ -190,7 +190,7 @@ def test_l3_l4_one_trace_and_an_untouched_base(case: Case) -> None:
 
     r, (ids, mask), optimiser = ready(case, "float32"), make_inputs(), optax.adam(1e-2)
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=(0, 1), keep_unused=True)
     def step(trainable: Any, state: Any, frozen: Any, ids: jax.Array, mask: jax.Array) -> Any:
         def loss(t: Any) -> jax.Array:
             logits = call(r.plan, t, frozen, ids, mask, counted)
@@ -201,11 +201,13 @@ def test_l3_l4_one_trace_and_an_untouched_base(case: Case) -> None:
         return optax.apply_updates(trainable, updates), state, value
 
     before = jax.tree.map(np.array, r.params)
-    trainable, state, losses = r.start, optimiser.init(r.start), []
+    trainable, losses = jax.tree.map(jnp.copy, r.start), []
+    state = optimiser.init(trainable)
     bytes_of = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
     assert bytes_of(state) == 2 * bytes_of(r.start) + 4
+    compiled = step.lower(trainable, state, r.frozen, ids, mask).compile()
     for _ in range(5):
-        trainable, state, value = step(trainable, state, r.frozen, ids, mask)
+        trainable, state, value = compiled(trainable, state, r.frozen, ids, mask)
         losses.append(float(value))
     once = 2 if case.tokens else 1  # with virtual tokens, the call without them is traced too, to see what grew
     assert traces == once
@@ -213,8 +215,13 @@ def test_l3_l4_one_trace_and_an_untouched_base(case: Case) -> None:
     assert_close(*(jax.tree.map(jnp.zeros_like, t) for t in (trainable, r.start)), 0.0, "dtypes and shapes")
     others = {pattern: louder(method) for pattern, method in case.rules.items()}
     other = jpeft.init(plan_for(case, r.params, others), r.params, jax.random.key(0))[1]
-    step(trainable, state, other, ids, mask)
+    step.lower(trainable, state, other, ids, mask)
     assert traces == once
+    # Held by a step: theta and two moments of it, in place; the base and what is frozen; the batch. No other byte.
+    memory, moved = compiled.memory_analysis(), 3 * 4 * case.count + 4
+    assert memory.alias_size_in_bytes == moved
+    assert memory.argument_size_in_bytes == moved + bytes_of((r.frozen, ids, mask))
+    assert memory.output_size_in_bytes - moved <= 8 + 8 * len(jax.tree.leaves((trainable, state, value)))
     for mine, theirs, old in zip(*map(jax.tree.leaves, (r.frozen.base, r.params, before)), strict=True):
         assert mine is theirs
         assert mine.tobytes() == old.tobytes()
