@@ -48,7 +48,8 @@ def test_every_method_is_on_the_board_or_has_a_reason() -> None:
 def test_rates_are_what_the_methods_recommend() -> None:
     """But for full fine-tuning, whose rate depends on the size of the model, and those that longer runs hold back."""
     own = {name for name, entry in MINILM.config.entries.items() if entry.learning_rate is not None}
-    assert own == {"full", "lora", "dora", "prefix", "mam", "unipelt"}
+    assert own == {"full", "lora", "dora", "lora_fa", "vera", "kasa", "oft", "boft", "road", "c3a", "shira", "prefix",
+                   "houlsby", "pfeiffer", "adapter_plus", "mam", "chain", "unipelt"}
     job = MINILM.jobs[Run("newsgroups", "hra", 2)]
     assert (job.seed, job.train.learning_rate) == (2, METHODS["HRA"].recommended_lr)
 
