@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,37 @@ def done(home: Path) -> Path:
     assert lines[1].rstrip(",") == first  # with its date: it has not run again
     assert len(lines) == 4 + 2
     return home
+
+
+def test_sessions_share_a_file(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another session adds while a run is at work is kept, and not done again."""
+    board, found = config.load(done), results.read(done.with_suffix(".json"))
+    board = board._replace(results=tmp_path / "new" / "shared.json")
+    first, *others = board.jobs
+    ran, said = [], []
+
+    def run(self: bench.Bench, one: Run, command: str) -> results.Result:
+        ran.append(one)
+        for other in others[1:]:
+            results.add(board.results, board.jobs, found[other])
+        return found[one]
+
+    monkeypatch.setattr(bench.Bench, "run", run)
+    monkeypatch.setattr(bench.Bench, "notes", lambda self, one: [])
+    monkeypatch.setattr(bench, "_headline", lambda board, made: "done")
+    ended = bench.session(board, list(board.jobs), "jpeft compare", said.append, Console(quiet=True))
+    assert ran == [first, others[0]]
+    assert list(ended.found) == list(results.read(board.results)) == list(board.jobs)
+    assert not ended.left
+    assert sum("another session has done it" in line for line in said) == 2
+
+
+def test_threads_take_turns_at_a_file(done: Path, tmp_path: Path) -> None:
+    found = list(results.read(done.with_suffix(".json")).values())
+    runs = [dataclasses.replace(found[i % 4], seed=i) for i in range(32)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda one: results.add(tmp_path / "shared.json", [], one), runs))
+    assert sorted(one.seed for one in results.read(tmp_path / "shared.json")) == list(range(32))
 
 
 @pytest.mark.slow

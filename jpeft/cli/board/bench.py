@@ -155,6 +155,8 @@ def session(board: Board, wanted: Sequence[Run], command: str, say: Say, console
             minutes: float | None = None, again: bool = False) -> Outcome:
     """Do the runs that have no result yet, and write each result when it is there.
 
+    Other sessions may share the file of results: none undoes what another has added.
+
     Args:
         board: the board.
         wanted: which runs.
@@ -177,6 +179,11 @@ def session(board: Board, wanted: Sequence[Run], command: str, say: Say, console
     for number, run in enumerate(todo, 1):
         if minutes is not None and time.monotonic() - begun >= 60 * minutes:
             break
+        found = results.read(board.results)
+        if not results.missing(board, found, [run], again=True):
+            left.remove(run)
+            say(f"{number}/{len(todo)}  {run}: another session has done it")
+            continue
         try:
             if run.task not in told:
                 told.add(run.task)
@@ -188,9 +195,7 @@ def session(board: Board, wanted: Sequence[Run], command: str, say: Say, console
             continue
         if made is None:
             return Outcome(found, left, failed, interrupted=True)
-        found[run] = made
-        order = [*(one for one in board.jobs if one in found), *(one for one in found if one not in board.jobs)]
-        results.write(board.results, [found[one] for one in order])
+        found = results.add(board.results, board.jobs, made)
         left.remove(run)
         say(f"{number}/{len(todo)}  {run}: {_headline(board, made)}, {made.seconds:.0f} s")
     return Outcome(found, left, failed)

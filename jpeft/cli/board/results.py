@@ -1,12 +1,18 @@
-"""The file that a board grows in: one JSON object a run, written whole after each of them."""
+"""The file that a board grows in: one JSON object a run, written whole after each of them.
+
+Several sessions may share one: each adds to what is there.
+"""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +141,39 @@ def write(path: Path, results: Iterable[Result]) -> None:
     """
     lines = ",\n".join(json.dumps(dataclasses.asdict(one)) for one in results)
     put(path, f'{{"format": {FORMAT}, "results": [\n{lines}\n]}}\n'.encode())
+
+
+def add(path: Path, order: Iterable[Run], one: Result) -> dict[Run, Result]:
+    """Put a result into a file that other sessions may be writing to, and return what it holds then.
+
+    Args:
+        path: the file; sessions on one machine take turns.
+        order: the runs of the board in their order; results of others come behind.
+        one: the result; it replaces one of the same run.
+
+    Raises:
+        ReportError: the file is damaged or cannot be written.
+    """
+    with _alone(path.parent):
+        found = {**read(path), one.run: one}
+        runs = dict.fromkeys(run for run in (*order, *found) if run in found)
+        found = {run: found[run] for run in runs}
+        write(path, found.values())
+    return found
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ReportError(f"{folder} cannot be opened ({error.strerror}); fix the folder") from error
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
 
 
 def put(path: Path, data: bytes) -> None:
