@@ -88,6 +88,17 @@ def test_sessions_share_a_file(done: Path, tmp_path: Path, monkeypatch: pytest.M
     assert sum("another session has done it" in line for line in said) == 2
 
 
+def test_differences_are_of_the_seeds_that_both_have(done: Path) -> None:
+    board, found = config.load(done), results.read(done.with_suffix(".json"))
+    full, lora = (found[Run("films", entry, 1)] for entry in ("full", "lora"))
+    some = {run: one for run, one in found.items() if run != Run("films", "lora", 0)}
+    line = next(line for line in table.lines(board, some, "films") if line.entry == "lora")
+    assert line.gain is not None
+    assert line.gain.mean == pytest.approx(lora.test["accuracy"] - full.test["accuracy"])
+    alone = {Run("films", "full", 0): found[Run("films", "full", 0)], Run("films", "lora", 1): lora}
+    assert all(line.gain is None for line in table.lines(board, alone, "films"))
+
+
 def test_threads_take_turns_at_a_file(done: Path, tmp_path: Path) -> None:
     found = list(results.read(done.with_suffix(".json")).values())
     runs = [dataclasses.replace(found[i % 4], seed=i) for i in range(32)]

@@ -74,12 +74,13 @@ def lines(board: Board, found: Mapping[Run, Result], task: str) -> list[Line]:
     if len({one.rows for one in everything}) > 1:
         raise RunError(f"the results of {task} in {board.results} are of other test rows; remove the old ones")
     metric = next(name for name in METRICS if name in everything[0].test)
-    base = groups.get(board.config.reference)
+    base = {one.seed: _right(one) for one in groups.get(board.config.reference, ()) if one.rows}
     made = []
     for entry, some in groups.items():
+        both = [one for one in some if one.seed in base and entry != board.config.reference]
         other = None
-        if base is not None and entry != board.config.reference and everything[0].rows:
-            other = gain(np.stack([_right(one) for one in some]), np.stack([_right(one) for one in base]))
+        if both:
+            other = gain(np.stack([_right(one) for one in both]), np.stack([base[one.seed] for one in both]))
         made.append(Line(entry, some, metric, other))
     return sorted(made, key=lambda line: line.mean, reverse=METRICS[metric][1])
 
@@ -124,8 +125,9 @@ def section(board: Board, found: Mapping[Run, Result], task: str) -> list[str]:
     said = [f"## {task}", ""]
     rows_said = f"{made[0].runs[0].rows:,} test rows; " if made[0].runs[0].rows else ""
     unit = "in percent" if share else "lower is better"
-    said += [f"{rows_said}{name} {unit}, mean and standard deviation over seeds; differences in points, with the 95 % "
-             "interval of a paired bootstrap over the test rows.", "", tables.markdown(head, rows, left=2), ""]
+    said += [f"{rows_said}{name} {unit}, mean and standard deviation over seeds; differences in points over the seeds "
+             "that both have, with the 95 % interval of a paired bootstrap over the test rows.", "",
+             tables.markdown(head, rows, left=2), ""]
     if any(line.gain is not None for line in made):
         near = small(board, made)
         said += [f"Within {100 * NEAR:g} point of {reference} or above it, with less than {SMALL:g} % of all: "
