@@ -50,7 +50,7 @@ def gate(x: jax.Array, a: Any) -> jax.Array:
 
 
 def encoder(params: Any, ids: jax.Array, attention_mask: jax.Array | None = None, *, causal: bool = False,
-            dtype: Any = None, extra: Any = None) -> jax.Array:
+            dtype: Any = None, extra: Any = None, remat: bool = True) -> jax.Array:
     """Return logits `[B, T, V]`.
 
     Args:
@@ -64,6 +64,7 @@ def encoder(params: Any, ids: jax.Array, attention_mask: jax.Array | None = None
             `[L, ..]`) behind and beside the feed-forward part, `term` (`a`, `b`) beside its last kernel, `edit` (`w`,
             `b`, `v`) of the first two tokens, `gated` (UniPELT's LoRA and prefix, with gates `g` and `gb`; that of the
             adapter is in `adapter`).
+        remat: whether the backward pass computes each layer again.
     """
     if dtype is not None:
         params, extra = jax.tree.map(lambda w: w.astype(dtype), (params, extra))
@@ -76,7 +77,6 @@ def encoder(params: Any, ids: jax.Array, attention_mask: jax.Array | None = None
     if attention_mask is not None:
         visible = visible.at[:, -ids.shape[1]:].set(attention_mask.astype(bool))
 
-    @jax.checkpoint
     def block(h: jax.Array, layer: Any) -> tuple[jax.Array, None]:
         p, more = layer
         x = _norm(h, p["attn_norm"])
@@ -115,7 +115,7 @@ def encoder(params: Any, ids: jax.Array, attention_mask: jax.Array | None = None
             h = jnp.concatenate([h[:, :2] + (h[:, :2] @ a["w"] + a["b"]) @ a["v"], h[:, 2:]], 1)
         return h, None
 
-    h, _ = jax.lax.scan(block, h, (params["layers"], extra))
+    h, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, h, (params["layers"], extra))
     logits = _norm(h, params["norm"]) @ params["head"]["kernel"]
     return logits[:, -ids.shape[1]:]
 
@@ -187,6 +187,8 @@ class Case:
         tokens: for methods with virtual tokens.
         exempt: law -> (reason, `file::test` that is passed instead).
         dense: why a step makes arrays of a weight's shape; None: it makes none.
+        held: values of four bytes that the backward pass takes over from the forward pass for a row of the batch,
+            beyond those of the base (on as many tokens), in closed form.
         tier: `default`, or `slow`: its laws run in the slow tier, its count in the default one.
     """
 
@@ -198,6 +200,7 @@ class Case:
     tokens: jpeft.Tokens | None = None
     exempt: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     dense: str | None = None
+    held: float = 0
     tier: str = "default"
 
 
@@ -206,109 +209,130 @@ TOKENS = jpeft.Tokens(ids=0, mask="attention_mask")
 QV, KV = "layers/(query|value)/kernel", "layers/(key|value)/kernel"
 N_BIAS = D + L * (2 * H * K + 4 * D + F)
 VIRTUAL = "tests/methods/test_virtual.py::"
+W, MASK = T + 3, D / 4  # with virtual tokens; which values of a token are theirs, a byte each
+UNITS = jax.ShapeDtypeStruct((8,), "float32")
+GELU = 1 + sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda z: jax.vjp(jax.nn.gelu, z)[1], UNITS))) // 8
 WIDER = "virtual tokens are seen by the real ones"
 
 CASES = [
-    Case("lora", {QV: jpeft.LoRA(rank=2, alpha=4)}, 2 * L * 2 * (D + H * K), lambda m: (m, IA3)),
-    Case("dora", {QV: jpeft.DoRA(rank=2, alpha=4)}, 2 * L * (2 * (D + H * K) + H * K), lambda m: (m, IA3)),
-    Case("ia3", {KV: jpeft.IA3(), "layers/down/kernel": jpeft.IA3(on="in")}, L * (2 * H * K + F), lambda m: (LORA, m)),
-    Case("bitfit", {"bias": jpeft.BitFit()}, N_BIAS, lambda m: (m, jpeft.LayerNormTuning()), tier="slow"),
-    Case("layernorm", {"norm": jpeft.LayerNormTuning()}, (2 * L + 1) * 2 * D, lambda m: (jpeft.Full(), m), tier="slow"),
+    Case("lora", {QV: jpeft.LoRA(rank=2, alpha=4)}, 2 * L * 2 * (D + H * K), lambda m: (m, IA3),
+         held=T * L * (D + 2 * 2)),
+    Case("dora", {QV: jpeft.DoRA(rank=2, alpha=4)}, 2 * L * (2 * (D + H * K) + H * K), lambda m: (m, IA3),
+         held=T * L * (D + 2 * (2 + H * K))),
+    Case("ia3", {KV: jpeft.IA3(), "layers/down/kernel": jpeft.IA3(on="in")}, L * (2 * H * K + F), lambda m: (LORA, m),
+         held=T * L * (2 * H * K + F)),
+    Case("bitfit", {"bias": jpeft.BitFit()}, N_BIAS, lambda m: (m, jpeft.LayerNormTuning()), tier="slow", held=0),
+    Case("layernorm", {"norm": jpeft.LayerNormTuning()}, (2 * L + 1) * 2 * D, lambda m: (jpeft.Full(), m), tier="slow",
+         held=T * (2 * L + 1) * D),
     Case("full", {"layers/query/kernel": jpeft.Full(), "head/kernel": jpeft.Full()}, L * D * H * K + D * V,
          lambda m: (m, LORA),
-         dense="the weight itself learns"),
+         dense="the weight itself learns", held=T * (L + 1) * D),
     Case("pfeiffer", {"layers/down/kernel": jpeft.Pfeiffer(bottleneck=4, activation="gelu")}, L * (8 * D + 4 + D),
-         lambda m: (LORA, m), lambda theta: {"adapter": theta["layers/down/kernel"]}),
+         lambda m: (LORA, m), lambda theta: {"adapter": theta["layers/down/kernel"]}, held=T * L * (D + 4 * GELU)),
     Case("prompt", {"embedding": jpeft.PromptTuning(length=3)}, 3 * D, lambda m: (LORA, m),
          lambda theta: {"prompt": theta["embed"]["p"]}, TOKENS,
-         {"L1": (WIDER, VIRTUAL + "test_an_invisible_prompt_is_the_base")}),
+         {"L1": (WIDER, VIRTUAL + "test_an_invisible_prompt_is_the_base")}, held=W * MASK),
     Case("prefix", {KV: jpeft.PrefixTuning(length=3)}, 2 * L * 3 * H * K, lambda m: (LORA, m),
          lambda theta: {n: theta[f"layers/{n}/kernel"]["p"] for n in ("key", "value")}, TOKENS,
-         {"L1": (WIDER, VIRTUAL + "test_a_prefix_is_more_keys_and_values")}),
-    Case("oft", {"layers/(out|up)/kernel": jpeft.OFT(block_size=4)}, 2 * L * D // 4 * 6, lambda m: (LORA, m)),
+         {"L1": (WIDER, VIRTUAL + "test_a_prefix_is_more_keys_and_values")}, held=2 * W * MASK),
+    Case("oft", {"layers/(out|up)/kernel": jpeft.OFT(block_size=4)}, 2 * L * D // 4 * 6, lambda m: (LORA, m),
+         held=T * L * (H * K + D)),
     Case("lokr", {"layers/(up|down)/kernel": jpeft.LoKr(rank=2, alpha=2)}, 2 * L * (4 * 4 + 2 * (4 + 8)),
-         lambda m: (m, IA3)),
+         lambda m: (m, IA3), held=T * L * (D + F + 2 * 2 * (4 + 4))),
     Case("fourierft", {"layers/(query|up)/kernel": jpeft.FourierFT(n_frequency=9)}, 2 * L * 9, lambda m: (m, LORA),
-         dense="the inverse transform of a few frequencies is a whole weight", tier="slow"),
+         dense="the inverse transform of a few frequencies is a whole weight", tier="slow", held=T * L * 2 * D),
     Case("houlsby", {"layers/down/kernel": jpeft.Houlsby(bottleneck=4, activation="gelu")}, L * (8 * D + 4 + D),
-         lambda m: (LORA, m), lambda theta: {"adapter": theta["layers/down/kernel"]}, tier="slow"),
+         lambda m: (LORA, m), lambda theta: {"adapter": theta["layers/down/kernel"]}, tier="slow",
+         held=T * L * (D + 4 * GELU)),
     Case("adapter plus", {"layers/down/kernel": jpeft.AdapterPlus(bottleneck=4)}, L * (8 * D + 4 + 2 * D),
-         lambda m: (LORA, m), lambda theta: {"adapter": theta["layers/down/kernel"]}, tier="slow"),
+         lambda m: (LORA, m), lambda theta: {"adapter": theta["layers/down/kernel"]}, tier="slow",
+         held=T * L * (2 * D + 4 * GELU)),
     Case("parallel", {"layers/down/kernel": jpeft.ParallelAdapter(bottleneck=4, activation="gelu", learned=True,
                                                                   input_of="../up/kernel")}, L * (8 * D + 5 + D),
-         lambda m: (LORA, m), lambda theta: {"parallel": theta["layers/down/kernel"]}, tier="slow"),
+         lambda m: (LORA, m), lambda theta: {"parallel": theta["layers/down/kernel"]}, tier="slow",
+         held=T * L * (2 * D + 4 * GELU)),
     Case("compacter", {"layers/down/kernel": jpeft.Compacter(bottleneck=4, phm_dim=2)},
          8 + L * (2 * (D + 4) + 4 + D), lambda m: (LORA, m),
-         lambda theta: {"adapter": compacted(theta["layers/down/kernel"])}, tier="slow"),
+         lambda theta: {"adapter": compacted(theta["layers/down/kernel"])}, tier="slow",
+         held=T * L * (D + 4 * 2 * 2 + 4 * GELU)),
     Case("direft", {"layers/down/kernel": jpeft.DiReFT(rank=2, prefix_positions=2)}, L * (4 * D + 2),
-         lambda m: (LORA, m), lambda theta: {"edit": theta["layers/down/kernel"]}, TOKENS, tier="slow"),
+         lambda m: (LORA, m), lambda theta: {"edit": theta["layers/down/kernel"]}, TOKENS, tier="slow",
+         held=T * (MASK + D + L * (D + 2))),
     Case("loreft", {"layers/down/kernel": jpeft.LoReFT(rank=2, prefix_positions=2)}, L * (4 * D + 2),
-         lambda m: (LORA, m), lambda theta: {"edit": subspace(theta["layers/down/kernel"])}, TOKENS, tier="slow"),
-    Case("hra", {"layers/(out|up)/kernel": jpeft.HRA(rank=4)}, 2 * L * D * 4, lambda m: (LORA, m), tier="slow"),
+         lambda m: (LORA, m), lambda theta: {"edit": subspace(theta["layers/down/kernel"])}, TOKENS, tier="slow",
+         held=T * (MASK + D + L * (D + 2))),
+    Case("hra", {"layers/(out|up)/kernel": jpeft.HRA(rank=4)}, 2 * L * D * 4, lambda m: (LORA, m), tier="slow",
+         held=T * L * (H * K + D + 2 * 4)),
     Case("boft", {"layers/(out|up)/kernel": jpeft.BOFT(block_size=4, n_butterfly_factor=2, neumann=5)},
-         L * (2 * 2 * D // 4 * 6 + D + F), lambda m: (LORA, m), tier="slow"),
+         L * (2 * 2 * D // 4 * 6 + D + F), lambda m: (LORA, m), tier="slow", held=T * L * (2 * H * K + D + 2 * D + F)),
     Case("road", {"layers/(query|up)/kernel": jpeft.RoAd(group_size=8)}, 2 * L * (H * K + F) // 2, lambda m: (LORA, m),
-         tier="slow"),
+         tier="slow", held=T * L * 2 * (H * K + F)),
     Case("c3a", {"layers/(query|up)/kernel": jpeft.C3A(block_size=8)}, L * (D * H * K + D * F) // 8, lambda m: (m, IA3),
-         tier="slow"),
+         tier="slow", held=T * L * 2 * (D // 8) * 2 * 5),
     Case("shira", {"layers/(query|up)/kernel": jpeft.SHiRA(rank=2)}, L * 2 * (D + H * K + D + F), lambda m: (m, LORA),
          dense="a few values all over a weight: one dense product is cheaper than a look-up of each for each token",
-         tier="slow"),
+         tier="slow", held=T * L * 2 * D),
     Case("waveft", {"layers/(query|up)/kernel": jpeft.WaveFT(n_frequency=9)}, 2 * L * 9, lambda m: (m, LORA),
-         dense="the inverse transform of a few wavelets is a whole weight", tier="slow"),
+         dense="the inverse transform of a few wavelets is a whole weight", tier="slow", held=T * L * 2 * D),
     Case("tokens", {"embedding": jpeft.TrainableTokens(token_indices=(2, 5, 19))}, 3 * D, lambda m: (m, IA3),
-         tier="slow"),
+         tier="slow", held=T * 3),
     Case("p-tuning", {"embedding": jpeft.PTuning(length=3, hidden_size=8)}, 3 * D + 2 * D * 8 + 64 + 16 + D,
          lambda m: (LORA, m), lambda theta: {"prompt": encoded(theta["embed"])}, TOKENS,
-         {"L1": (WIDER, VIRTUAL + "test_an_invisible_prompt_is_the_base")}, tier="slow"),
+         {"L1": (WIDER, VIRTUAL + "test_an_invisible_prompt_is_the_base")}, tier="slow", held=W * MASK),
     Case("prefix encoder", {KV: jpeft.PrefixTuning(length=3, prefix_projection=True, encoder_hidden_size=4)},
          2 * (3 * H * K + 4 * H * K + 4 + L * (4 + 1) * H * K), lambda m: (LORA, m),
          lambda theta: {n: projected(theta[f"layers/{n}/kernel"]) for n in ("key", "value")}, TOKENS,
-         {"L1": (WIDER, VIRTUAL + "test_a_prefix_is_more_keys_and_values")}, tier="slow"),
+         {"L1": (WIDER, VIRTUAL + "test_a_prefix_is_more_keys_and_values")}, tier="slow", held=2 * W * MASK),
     Case("unipelt", {
          "layers/query/kernel": jpeft.GatedLoRA(rank=2), KV: jpeft.GatedPrefixTuning(length=3),
          "layers/down/kernel": jpeft.GatedAdapter(bottleneck=4, activation="gelu")},
          L * (2 * (D + H * K) + D + 1 + 2 * (3 * H * K + D + 1) + 8 * D + 4 + D + D + 1), lambda m: (LORA, m), gated,
-         TOKENS, {"L1": (WIDER, VIRTUAL + "test_a_prefix_is_more_keys_and_values")}, tier="slow"),
+         TOKENS, {"L1": (WIDER, VIRTUAL + "test_a_prefix_is_more_keys_and_values")}, tier="slow",
+         held=2 * W * MASK + L * (W * (4 * D + 2 + 4 + 4 * GELU) + T * (2 * D + 2) + 2)),
     Case("multitask", {"embedding": jpeft.MultitaskPromptTuning(length=3, num_ranks=2)}, 3 * D + 2 * (3 + D),
          lambda m: (LORA, m), lambda theta: {"prompt": of_task(theta["embed"])}, TOKENS,
-         {"L1": (WIDER, VIRTUAL + "test_an_invisible_prompt_is_the_base")}, tier="slow"),
+         {"L1": (WIDER, VIRTUAL + "test_an_invisible_prompt_is_the_base")}, tier="slow", held=W * MASK),
     Case("psoft", {"layers/(query|up)/kernel": jpeft.PSOFT(rank=4, neumann=5)}, 2 * L * (6 + 8), lambda m: (m, IA3),
-         tier="slow"),
+         tier="slow", held=T * L * 2 * 4),
     Case("diff pruning", {"layers/up/kernel": jpeft.DiffPruning()}, 2 * L * D * F, lambda m: (m, LORA), tier="slow",
-         dense="each number of the weight learns"),
+         dense="each number of the weight learns", held=T * L * D),
     Case("chain", {"layers/up/kernel": jpeft.Chain((jpeft.DoRA(rank=2), jpeft.OFT(blocks=2), jpeft.IA3(on="in")))},
-         L * (2 * (D + F) + F + 2 * 28 + D)),
-    Case("vera", {QV: jpeft.VeRA(rank=5)}, 2 * L * (5 + H * K), lambda m: (m, IA3), tier="slow"),
+         L * (2 * (D + F) + F + 2 * 28 + D), held=T * L * (3 * D + 2 + F)),
+    Case("vera", {QV: jpeft.VeRA(rank=5)}, 2 * L * (5 + H * K), lambda m: (m, IA3), tier="slow",
+         held=T * L * 2 * (5 + H * K)),
     Case("loha", {"layers/(up|out)/kernel": jpeft.LoHa(rank=2, alpha=4)}, 2 * L * 2 * (2 * D + D + F),
-         lambda m: (m, IA3), tier="slow"),
+         lambda m: (m, IA3), tier="slow", held=T * L * (H * K + D + 2 * 2**2)),
     Case("hira", {QV: jpeft.HiRA(rank=3)}, 2 * L * 3 * (D + H * K), lambda m: (m, LORA), tier="slow",
-         dense="the product of two weights, entry by entry"),
+         dense="the product of two weights, entry by entry", held=T * L * D),
     Case("miss", {"layers/out/kernel": jpeft.MiSS(rank=5), "layers/up/kernel": jpeft.MiSS(rank=4, mini=8)},
-         L * (5 * D + 4 * 8), lambda m: (m, IA3), tier="slow"),
-    Case("delora", {QV: jpeft.DeLoRA(rank=2)}, 2 * L * (2 * (D + H * K) + 1), lambda m: (m, IA3), tier="slow"),
+         L * (5 * D + 4 * 8), lambda m: (m, IA3), tier="slow", held=T * L * (5 + 4)),
+    Case("delora", {QV: jpeft.DeLoRA(rank=2)}, 2 * L * (2 * (D + H * K) + 1), lambda m: (m, IA3), tier="slow",
+         held=T * L * (D + 2 * 2)),
     Case("randlora", {"layers/(up|down)/kernel": jpeft.RandLoRA(rank=6, randlora_alpha=20)}, 2 * L * 3 * (6 + D),
-         lambda m: (m, IA3), tier="slow"),
+         lambda m: (m, IA3), tier="slow", held=T * L * (D + 3 * 6)),
     Case("adalora", {QV: jpeft.AdaLoRA(init_r=3, target_r=2)}, 2 * L * 3 * (D + H * K + 1), lambda m: (m, IA3),
-         tier="slow"),
-    Case("lora-fa", {QV: jpeft.LoRAFA(rank=2, alpha=4)}, 2 * L * 2 * H * K, lambda m: (m, IA3), tier="slow"),
+         tier="slow", held=T * L * (D + 2 * 3)),
+    Case("lora-fa", {QV: jpeft.LoRAFA(rank=2, alpha=4)}, 2 * L * 2 * H * K, lambda m: (m, IA3), tier="slow",
+         held=T * L * 2 * 2),
     Case("loftq", {QV: jpeft.LoRA(rank=2, init_weights="loftq_iter_2")}, 2 * L * 2 * (D + H * K), lambda m: (m, IA3),
          tier="slow", exempt={"L1": ("it starts from a weight that is close to the base's",
-                                     "tests/methods/test_loftq.py::test_it_starts_closer_than_by_quantising_alone")}),
+                                     "tests/methods/test_loftq.py::test_it_starts_closer_than_by_quantising_alone")},
+         held=T * L * (D + 2 * 2)),
     Case("alora", {"layers/down/kernel": jpeft.ALoRA(rank=2, alpha=2)}, L * 2 * (D + F), lambda m: (LORA, m),
-         lambda theta: {"term": theta["layers/down/kernel"]}, TOKENS, tier="slow"),
+         lambda theta: {"term": theta["layers/down/kernel"]}, TOKENS, tier="slow", held=T * L * (F + 2)),
     Case("miss-bat", {"layers/(up|down)/kernel": jpeft.MiSS(rank=4, bat=True)}, L * 4 * (D + F), lambda m: (m, IA3),
-         dense="each block of the weight is multiplied", tier="slow"),
+         dense="each block of the weight is multiplied", tier="slow", held=T * L * (D + F)),
     Case("pissa-fast", {QV: jpeft.LoRA(rank=2, init_weights="pissa_niter_2")}, 2 * L * 2 * (D + H * K),
-         lambda m: (m, IA3), tier="slow"),
+         lambda m: (m, IA3), tier="slow", held=T * L * (D + 2 * 2)),
     Case("vblora", {QV: jpeft.VBLoRA(rank=2, num_vectors=5, vector_length=4)}, 2 * (L * 2 * 2 * 4 * 5 + 5 * 4),
-         lambda m: (m, IA3), tier="slow"),
+         lambda m: (m, IA3), tier="slow", held=T * L * (D + 2 * 2)),
     Case("gralora", {"layers/(out|up)/kernel": jpeft.GraLoRA(rank=4, hybrid_r=2)}, L * 6 * (D + D + D + F),
-         lambda m: (m, IA3), tier="slow"),
+         lambda m: (m, IA3), tier="slow", held=T * L * 2 * (H * K + D + 2 * 4 + 2)),
     Case("llama-adapter", {"layers/(query|up)/bias": jpeft.LLaMAAdapter()}, L * (H * K + F), tier="slow",
          exempt={"L1": ("this model has no places for it, biases stand in for them",
-                        "tests/methods/test_llama_adapter.py::test_it_starts_from_the_base_and_learns")}),
+                        "tests/methods/test_llama_adapter.py::test_it_starts_from_the_base_and_learns")}, held=0),
     Case("kasa", {QV: jpeft.KaSA(rank=2)}, 2 * L * 2 * (D + H * K + 1), lambda m: (m, IA3), tier="slow",
          exempt={"L1": ("it drops what it takes for noise",
-                        "tests/methods/test_kasa.py::test_it_starts_without_the_least_components")}),
+                        "tests/methods/test_kasa.py::test_it_starts_without_the_least_components")},
+         held=T * L * (D + 2 * 2)),
 ]

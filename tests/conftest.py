@@ -31,24 +31,24 @@ pytest.register_assert_rewrite("cases", "collectives", "flops", "gallery", "layo
 
 import jax  # noqa: E402
 
-# Files whose slow rows are sweeps over methods, models and layouts: of these the check takes one half at a commit.
-SWEEPS = {"test_laws.py", "test_gallery.py", "test_sharded.py", "methods", "models", "interop"}
+# Files whose slow rows are sweeps over methods, models and layouts: of these the check takes one third at a commit.
+SWEEPS = {"test_laws.py", "test_cost.py", "test_gallery.py", "test_sharded.py", "methods", "models", "interop"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--half", type=int, help="of the slow sweeps, run the rows of one half: an even or an odd number")
+    parser.addoption("--third", type=int, help="of the slow sweeps, run the rows of one third: any number, modulo 3")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    half, folder = config.getoption("half"), Path(__file__).parent
-    if half is None:
+    third, folder = config.getoption("third"), Path(__file__).parent
+    if third is None:
         return
 
     def other(item: pytest.Item) -> bool:
-        """Rows are halved by their names, so that all tests of a row come together."""
+        """Rows are shared out by their names, so that all tests of a row come together."""
         path, row = item.path.relative_to(folder), item.name.partition("[")[2]
         sweep = path.parts[0] in SWEEPS or path.name in SWEEPS
-        return bool(row) and sweep and "slow" in item.keywords and zlib.crc32(row.encode()) % 2 != half % 2
+        return bool(row) and sweep and "slow" in item.keywords and zlib.crc32(row.encode()) % 3 != third % 3
 
     left = [item for item in items if other(item)]
     items[:] = [item for item in items if not other(item)]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import CASES, LORA, SPECS, Case, encoder, make_inputs, make_params
+from cases import CASES, LORA, SPECS, Case, T, encoder, make_inputs, make_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support import assert_close, formula_value, randomise, x64
 
@@ -357,6 +357,39 @@ def test_l10_no_dense_gradient(case: Case) -> None:
 
     found = dense.dense_steps(slopes, frozen, trainable, ids, shapes=shapes)
     assert bool(found) == bool(case.dense), f"{found}; the row says {case.dense!r}"
+
+
+def kept(f: Callable[..., Any], tokens: int, *args: Any) -> float:
+    """Values of four bytes for a row of the batch that the backward pass of `f(*args, ids, mask)` takes over."""
+    def total(rows: int) -> int:
+        batch = (jax.ShapeDtypeStruct((rows, tokens), jnp.int32),) * 2
+        back = jax.eval_shape(lambda args, *batch: jax.vjp(lambda *a: f(*a, *batch), *args)[1], args, *batch)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(back))
+
+    return (total(5) - total(3)) / 2 / 4
+
+
+@functools.cache
+def base_kept(tokens: int) -> float:
+    params = make_params()
+
+    def base(embed: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
+        return encoder({**params, "embed": params["embed"] + embed}, ids, mask, remat=False)
+
+    return kept(base, tokens, params["embed"])
+
+
+@rows("L11", only=("lora", "dora", "ia3", "prefix", "pfeiffer"))
+def test_l11_held_for_the_backward_pass(case: Case) -> None:
+    """Without rematerialisation, by what the backward pass closes over; the gradient flows on through the layers."""
+    r = ready(case, "float32")
+
+    def adapted(trainable: Any, embed: jax.Array, frozen: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
+        frozen = frozen._replace(base={**frozen.base, "embed": frozen.base["embed"] + embed})
+        return call(r.plan, trainable, frozen, ids, mask, functools.partial(encoder, remat=False))
+
+    found = kept(lambda t, e, ids, mask: adapted(t, e, r.frozen, ids, mask), T, r.start, r.params["embed"])
+    assert found - base_kept(T + r.plan.virtual_tokens) == case.held
 
 
 @rows("bfloat16", only=("lora", "prefix", "oft"))
