@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from cli.tinyjob import Tiny
 from rich.console import Console
 
 from jpeft.cli.board import bench, config, plot, results, table
+from jpeft.cli.board.claims import claim
 from jpeft.cli.board.config import Run
 from jpeft.cli.main import main
 from jpeft.errors import ConfigError, NonFiniteLossError, ReportError
@@ -86,6 +91,56 @@ def test_sessions_share_a_file(done: Path, tmp_path: Path, monkeypatch: pytest.M
     assert list(ended.found) == list(results.read(board.results)) == list(board.jobs)
     assert not ended.left
     assert sum("another session has done it" in line for line in said) == 2
+
+
+def test_sessions_work_on_different_entries(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second session begins while the first is in its first run; what the first is at work on is left to it."""
+    board, found = config.load(done), results.read(done.with_suffix(".json"))
+    board = board._replace(results=tmp_path / "shared.json")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ran, said, second = [], [], []
+
+    def run(self: bench.Bench, one: Run, command: str) -> results.Result:
+        ran.append(one)
+        if len(ran) == 1:
+            second.append(bench.session(board, list(board.jobs), "jpeft compare", said.append, Console(quiet=True)))
+        return found[one]
+
+    monkeypatch.setattr(bench.Bench, "run", run)
+    monkeypatch.setattr(bench.Bench, "notes", lambda self, one: [])
+    monkeypatch.setattr(bench, "_headline", lambda board, made: "done")
+    first = bench.session(board, list(board.jobs), "jpeft compare", said.append, Console(quiet=True))
+    full, lora = ([Run("films", entry, seed) for seed in (0, 1)] for entry in ("full", "lora"))
+    assert ran == [full[0], *lora, full[1]]
+    assert second[0].left == full
+    assert not first.left
+    assert list(results.read(board.results)) == list(board.jobs)
+    assert sum("another session is at work" in line for line in said) == 2
+
+
+def test_a_claim_ends_with_its_process(tmp_path: Path) -> None:
+    command = ("import sys, pathlib; from jpeft.cli.board import claims, config\n"
+               "with claims.claim(pathlib.Path(sys.argv[1]), config.Run('films', 'full', 0)) as mine:\n"
+               "    print(mine, flush=True); input()")
+    path, env = tmp_path / "results.json", {**os.environ, "TMPDIR": str(tmp_path)}
+    other = subprocess.Popen([sys.executable, "-c", command, path], env=env, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "True\n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path))
+        for entry, mine in (("full", False), ("lora", True)):
+            with claim(path, Run("films", entry, 1)) as free:
+                assert free is mine
+        other.kill()
+        other.communicate()
+        with claim(path, Run("films", "full", 1)) as free:
+            assert free
+        patch.setattr(tempfile, "tempdir", str(path))
+        path.write_text("no folder")
+        with pytest.raises(ReportError, match="at work on an entry: fix the folder, or set TMPDIR"), claim(
+                path, Run("films", "full", 1)):
+            pass
 
 
 def test_differences_are_of_the_seeds_that_both_have(done: Path) -> None:

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from jpeft.cli import build, runs, tasks
 from jpeft.cli.board import results
+from jpeft.cli.board.claims import claim
 from jpeft.cli.board.config import Board, Run, key
 from jpeft.cli.board.results import Result
 from jpeft.cli.build import Adapted, Loaded, Training
@@ -155,7 +156,7 @@ def session(board: Board, wanted: Sequence[Run], command: str, say: Say, console
             minutes: float | None = None, again: bool = False) -> Outcome:
     """Do the runs that have no result yet, and write each result when it is there.
 
-    Other sessions may share the file of results: none undoes what another has added.
+    Other sessions may share the file of results: none undoes what another has added, and each works on other entries.
 
     Args:
         board: the board.
@@ -179,25 +180,29 @@ def session(board: Board, wanted: Sequence[Run], command: str, say: Say, console
     for number, run in enumerate(todo, 1):
         if minutes is not None and time.monotonic() - begun >= 60 * minutes:
             break
-        found = results.read(board.results)
-        if not results.missing(board, found, [run], again=True):
+        with claim(board.results, run) as mine:
+            if not mine:
+                say(f"{number}/{len(todo)}  {run}: another session is at work on this entry")
+                continue
+            found = results.read(board.results)
+            if not results.missing(board, found, [run], again=True):
+                left.remove(run)
+                say(f"{number}/{len(todo)}  {run}: another session has done it")
+                continue
+            try:
+                if run.task not in told:
+                    told.add(run.task)
+                    say("\n".join([f"task {run.task}", *bench.notes(run)]))
+                made = bench.run(run, command)
+            except JpeftError as error:
+                failed[run] = " ".join(str(error).split())
+                say(f"{number}/{len(todo)}  {run}: failed: {failed[run]}")
+                continue
+            if made is None:
+                return Outcome(found, left, failed, interrupted=True)
+            found = results.add(board.results, board.jobs, made)
             left.remove(run)
-            say(f"{number}/{len(todo)}  {run}: another session has done it")
-            continue
-        try:
-            if run.task not in told:
-                told.add(run.task)
-                say("\n".join([f"task {run.task}", *bench.notes(run)]))
-            made = bench.run(run, command)
-        except JpeftError as error:
-            failed[run] = " ".join(str(error).split())
-            say(f"{number}/{len(todo)}  {run}: failed: {failed[run]}")
-            continue
-        if made is None:
-            return Outcome(found, left, failed, interrupted=True)
-        found = results.add(board.results, board.jobs, made)
-        left.remove(run)
-        say(f"{number}/{len(todo)}  {run}: {_headline(board, made)}, {made.seconds:.0f} s")
+            say(f"{number}/{len(todo)}  {run}: {_headline(board, made)}, {made.seconds:.0f} s")
     return Outcome(found, left, failed)
 
 
