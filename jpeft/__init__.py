@@ -32,7 +32,7 @@ from jpeft.core.transform import adapt, base, init, merge, merge_error, penalty
 from jpeft.errors import NotMergeable
 from jpeft.methods import *  # noqa: F403
 from jpeft.methods import __all__ as _methods
-from jpeft.methods.adalora import adalora_init, adalora_update
+from jpeft.methods.adalora_update import adalora_init, adalora_update
 
 if TYPE_CHECKING:
     from jpeft.interop.nnx import from_nnx

@@ -3,7 +3,7 @@
 from jpeft.methods.adalora import AdaLoRA
 from jpeft.methods.alora import ALoRA
 from jpeft.methods.boft import BOFT
-from jpeft.methods.bottleneck import AdapterPlus, Houlsby, ParallelAdapter, Pfeiffer
+from jpeft.methods.bottleneck import AdapterPlus, Houlsby, Pfeiffer
 from jpeft.methods.c3a import C3A
 from jpeft.methods.chain import Chain
 from jpeft.methods.compacter import Compacter
@@ -25,6 +25,7 @@ from jpeft.methods.lorafa import LoRAFA
 from jpeft.methods.miss import MiSS
 from jpeft.methods.multitask import MultitaskPromptTuning
 from jpeft.methods.oft import OFT
+from jpeft.methods.parallel import ParallelAdapter
 from jpeft.methods.prefix import PrefixTuning
 from jpeft.methods.psoft import PSOFT
 from jpeft.methods.ptuning import PTuning

@@ -1,4 +1,4 @@
-"""What the low-rank methods share: dropout keys, uniform starts, and random projections that depend on a seed alone."""
+"""What the low-rank methods share: dropout keys, uniform starts, ranks by layer, projections of a seed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jpeft.core.site import Site
 from jpeft.errors import MethodConfigError
@@ -26,6 +27,17 @@ def uniform(key: jax.Array, shape: tuple[int, ...], fan: int, dtype: Any) -> jax
     """Draw from the uniform distribution within `1 / sqrt(fan)`, the default of a linear layer, in float32."""
     bound = 1.0 / math.sqrt(fan)
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
+
+
+def rank_mask(ranks: tuple[int, ...], site: Site) -> np.ndarray:
+    """0/1 `[*stack, r]`: of each layer, as many columns as its rank; r is the largest."""
+    live = np.arange(max(ranks)) < np.asarray(ranks)[:, None]
+    return np.stack([by_layer(column, site) for column in live.T], -1)
+
+
+def by_layer(values: np.ndarray, site: Site) -> np.ndarray:
+    """One value for each layer `[layers]` as one for each copy in the stack `[*stack]`, whose first axis they are."""
+    return np.broadcast_to(values.reshape(-1, *(1,) * (len(site.stack_dims) - 1)), site.stack_shape)
 
 
 def projection(seed: int, letter: int, rows: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -6,11 +6,15 @@ Matrices are `[*stack, in, out]`, factors A `[*stack, in, r]` and B `[*stack, r,
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jpeft.core.site import Site
+from jpeft.errors import MethodConfigError
 from jpeft.methods import _nf4
+from jpeft.methods._lowrank import uniform
 
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "loftq", "loftq_iter_1", "eva",
          "corda", "corda_kpm", "lora_ga")
@@ -21,6 +25,42 @@ DAMPING = 0.01  # of CorDA: what is added to the second moments, relative to the
 
 Pair = tuple[jax.Array, jax.Array]
 _matmul = functools.partial(jnp.matmul, precision="highest")
+
+
+def check(method: Any, site: Site) -> None:
+    """Raise `MethodConfigError` unless a `LoRA` can start on a site as its `init_weights` says."""
+    said, most = f"{type(method).__name__}(init_weights={method.init_weights!r})", min(site.in_size, site.out_size)
+    if method.init_weights == "lora_ga" and 2 * method.width > most:
+        raise MethodConfigError(f"{said} of rank {method.rank} needs 2 * rank singular vectors of the gradient of "
+                                f"{site.path!r}, which has {most}; use a rank up to {most // 2}")
+    if method.leads and (isinstance(method.rank, tuple) or "float" not in site.dtype):
+        found = f"has the ranks {method.rank}" if isinstance(method.rank, tuple) else f"is {site.dtype}"
+        raise MethodConfigError(f"{said} quantises floating-point weights of all layers, and {site.path!r} {found}; "
+                                "use one rank, or another init")
+    if method.calibration and site.use != "linear":
+        raise MethodConfigError(f"{said} starts from what a contraction weight sees, and the model uses {site.path!r} "
+                                f"as {site.use}; use init_weights='kaiming'")
+
+
+def random(init: str, key: jax.Array, site: Site, r: int) -> Pair:
+    """One factor random, the other zero: B, or of an embedding A."""
+    dtype, shape = site.theta_dtype, (*site.stack_shape, site.in_size, r)
+    a, b = jnp.zeros(shape, dtype), jnp.zeros((*site.stack_shape, r, site.out_size), dtype)
+    if site.use in ("embedding", "tied"):
+        return a, jax.random.normal(key, b.shape, dtype)
+    if init == "gaussian":
+        return jax.random.normal(key, shape, dtype) / r, b
+    if init == "orthogonal":
+        return jax.random.orthogonal(key, max(site.in_size, r), site.stack_shape, dtype)[..., : site.in_size, :r], b
+    return uniform(key, shape, site.in_size, dtype), b
+
+
+def from_base(init: str, key: jax.Array, matrix: jax.Array, r: int, scale: jax.Array) -> Pair:
+    """Factors with `scale A B` = the principal part of the weight (`pissa`) or a part of its QR (`olora`)."""
+    if init == "olora":
+        return olora(matrix, r)
+    _, _, iterations = init.partition("_niter_")
+    return pissa(key, matrix, r, scale, int(iterations) if iterations else None)
 
 
 def pissa(key: jax.Array, matrix: jax.Array, r: int, scale: jax.Array, iterations: int | None) -> Pair:

@@ -16,7 +16,7 @@ from jpeft.core.ops import Op
 from jpeft.core.site import Site
 from jpeft.errors import MethodConfigError
 from jpeft.methods import _starts
-from jpeft.methods._lowrank import check_rate, dropout_key, uniform
+from jpeft.methods._lowrank import by_layer, check_rate, dropout_key, rank_mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,88 +98,53 @@ class LoRA(Method):
         if min(ranks) < (0 if len(ranks) > 1 else 1) or self.width < 1 or self.width > most:
             raise MethodConfigError(f"{name}(rank={self.rank}) does not fit {site.path!r} of {site.in_size} inputs and "
                                     f"{site.out_size} outputs; use a rank from 1 to {most}, or exclude the leaf")
-        if self.init_weights == "lora_ga" and 2 * self.width > most:
-            raise MethodConfigError(f"{name}(rank={self.rank}, init_weights='lora_ga') needs 2 * rank singular vectors "
-                                    f"of the gradient of {site.path!r}, which has {most}; use a rank up to {most // 2}")
-        if self.init_weights.startswith("loftq") and (isinstance(self.rank, tuple) or "float" not in site.dtype):
-            found = f"has the ranks {self.rank}" if isinstance(self.rank, tuple) else f"is {site.dtype}"
-            raise MethodConfigError(f"{name}(init_weights={self.init_weights!r}) quantises floating-point weights of "
-                                    f"all layers, and {site.path!r} {found}; use one rank, or another init")
-        if self.calibration and site.use != "linear":
-            raise MethodConfigError(f"{name}(init_weights={self.init_weights!r}) starts from what a contraction weight "
-                                    f"sees, and the model uses {site.path!r} as {site.use}; use init_weights='kaiming'")
         if isinstance(self.rank, tuple) and (not site.stack_dims or len(ranks) != site.shape[site.stack_dims[0]]):
             layers = site.shape[site.stack_dims[0]] if site.stack_dims else "no"
             raise MethodConfigError(f"{name} has {len(ranks)} ranks, but {site.path!r} has {layers} stacked layers; "
                                     "give one rank for each, or one for all")
+        _starts.check(self, site)
 
     def _mask(self, site: Site) -> np.ndarray | None:
         """0/1 `[*stack, r]`: which columns are live."""
-        if not isinstance(self.rank, tuple):
-            return None
-        first = np.arange(self.width)[None] < np.asarray(self.rank)[:, None]
-        shape = (first.shape[0], *(1,) * (len(site.stack_dims) - 1), self.width)
-        return np.broadcast_to(first.reshape(shape), (*site.stack_shape, self.width))
+        return rank_mask(self.rank, site) if isinstance(self.rank, tuple) else None
 
     def _scale(self, site: Site) -> np.ndarray:
-        ranks = np.asarray(self.rank if isinstance(self.rank, tuple) else (self.rank,), np.float64)
+        ranks = np.asarray(self.rank, np.float64)
         scale = self.alpha / np.maximum(np.sqrt(ranks) if self.rslora else ranks, 1)
-        if not isinstance(self.rank, tuple):
-            return scale[0]
-        return np.broadcast_to(scale.reshape(-1, *(1,) * (len(site.stack_dims) - 1)), site.stack_shape)
+        return scale if scale.ndim == 0 else by_layer(scale, site)
 
     def init(self, key: jax.Array, site: Site, base: jax.Array) -> tuple[Theta, Theta]:
         dtype, r = site.theta_dtype, self.width
         frozen: Theta = {"scale": jnp.asarray(self._scale(site), dtype)}
-        mask = self._mask(site)
-        if mask is not None:
-            frozen["mask"] = jnp.asarray(mask, dtype)
-        a_shape, b_shape = (*site.stack_shape, site.in_size, r), (*site.stack_shape, r, site.out_size)
-        a, b = jnp.zeros(a_shape, dtype), jnp.zeros(b_shape, dtype)
+        if isinstance(self.rank, tuple):
+            frozen["mask"] = jnp.asarray(rank_mask(self.rank, site), dtype)
         if self.init_weights.startswith(("pissa", "olora")):
-            return self._kept(site, *self._from_base(key, site, base.astype(dtype), frozen["scale"]), frozen)
-        if self.init_weights.startswith("loftq"):
+            a, b = _starts.from_base(self.init_weights, key, site.matrix(base.astype(dtype)), r, frozen["scale"])
+        elif self.init_weights.startswith("loftq"):
             rounds = int(self.init_weights.removeprefix("loftq_iter_")) if "_" in self.init_weights else 5
             q, largest, a, b = _starts.loftq(site.matrix(base.astype(dtype)), r, frozen["scale"], rounds)
-            return {"a": self._fold(site, a, "a"), "b": self._fold(site, b, "b")}, {**frozen, "q": q, "absmax": largest}
-        if site.use in ("embedding", "tied"):
-            b = jax.random.normal(key, b_shape, dtype)
-        elif self.init_weights == "gaussian":
-            a = jax.random.normal(key, a_shape, dtype) / r
-        elif self.init_weights == "orthogonal":
-            a = jax.random.orthogonal(key, max(site.in_size, r), site.stack_shape, dtype)[..., : site.in_size, :r]
+            frozen |= {"q": q, "absmax": largest}
         else:
-            a = uniform(key, a_shape, site.in_size, dtype)
-        if self.keeps_start:
-            return self._kept(site, a, b, frozen)
-        return {"a": self._fold(site, a, "a"), "b": self._fold(site, b, "b")}, frozen
+            a, b = _starts.random(self.init_weights, key, site, r)
+        return self._start(site, a, b, frozen)
 
-    def _kept(self, site: Site, a: jax.Array, b: jax.Array, frozen: Theta) -> tuple[Theta, Theta]:
-        """Theta that starts at `A B`, with copies of both; A `[*stack, in, r]`, B `[*stack, r, out]`."""
+    def _start(self, site: Site, a: jax.Array, b: jax.Array, frozen: Theta) -> tuple[Theta, Theta]:
+        """Theta that starts at A `[*stack, in, r]`, B `[*stack, r, out]`, with copies where they are subtracted."""
         start = {"a": self._fold(site, a, "a"), "b": self._fold(site, b, "b")}
-        return start, {**frozen, **{f"{k}0": jnp.array(v, copy=True) for k, v in start.items()}}
-
-    def _from_base(self, key: jax.Array, site: Site, base: jax.Array,
-                   scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The factors at the start, `s A B` = the principal part of W (pissa) or a part of its QR (olora)."""
-        matrix, r = site.matrix(base), self.width
-        if self.init_weights == "olora":
-            return _starts.olora(matrix, r)
-        _, _, iterations = self.init_weights.partition("_niter_")
-        return _starts.pissa(key, matrix, r, scale, int(iterations) if iterations else None)
+        kept = {f"{k}0": jnp.array(v, copy=True) for k, v in start.items()} if self.keeps_start else {}
+        return start, {**frozen, **kept}
 
     def calibrate(self, key: jax.Array, site: Site, base: jax.Array, start: tuple[Theta, Theta],
                   data: dict[str, jax.Array]) -> tuple[Theta, Theta]:
-        trainable, frozen = start
-        r, dtype = self.width, site.theta_dtype
+        (trainable, frozen), r, dtype = start, self.width, site.theta_dtype
         data = {k: v.astype(dtype) for k, v in data.items()}
         if self.init_weights == "lora_ga":
-            return self._kept(site, *_starts.lora_ga(key, site.matrix(data["gradient"]), r), frozen)
+            return self._start(site, *_starts.lora_ga(key, site.matrix(data["gradient"]), r), frozen)
         if self.init_weights == "eva":
             return {**trainable, "a": self._fold(site, _starts.eva(data["inputs"], r), "a")}, frozen
         if self.calibration:
             matrix, least = site.matrix(base.astype(dtype)), self.init_weights == "corda_kpm"
-            return self._kept(site, *_starts.corda(data["inputs"], matrix, r, frozen["scale"], least), frozen)
+            return self._start(site, *_starts.corda(data["inputs"], matrix, r, frozen["scale"], least), frozen)
         return start
 
     def _fold(self, site: Site, x: jax.Array, letter: str) -> jax.Array:
@@ -189,8 +154,7 @@ class LoRA(Method):
     def term(self, site: Site, theta: Theta, key: jax.Array | None, a: str = "a", b: str = "b",
              sign: float = 1.0) -> ops.Product:
         """The additive term `s A B` as an expression."""
-        right = theta[b]
-        stack = len(site.stack_dims)
+        right, stack = theta[b], len(site.stack_dims)
         scale = theta["scale"] * jnp.asarray(sign, theta["scale"].dtype)
         right = right * scale.reshape(scale.shape + (1,) * (right.ndim - scale.ndim)).astype(right.dtype)
         if "mask" in theta:
@@ -213,9 +177,7 @@ class LoRA(Method):
         if "q" in theta:
             raise MethodConfigError(f"{type(self).__name__}(init_weights={self.init_weights!r}) quantises every layer "
                                     f"of {site.path!r}; it cannot be limited to some, use another init")
-        if "a0" in theta:
-            return {"a": theta["a0"], "b": theta["b0"]}
-        return {"a": jnp.zeros_like(theta["a"]), "b": jnp.zeros_like(theta["b"])}
+        return {k: theta[f"{k}0"] if f"{k}0" in theta else jnp.zeros_like(theta[k]) for k in ("a", "b")}
 
     def live(self, site: Site) -> dict[str, Any]:
         mask = self._mask(site)

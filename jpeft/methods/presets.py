@@ -7,9 +7,9 @@ Defaults such as "query" and "down" are its words for the parts of a layer, whic
 from __future__ import annotations
 
 from jpeft.core.method import Method
-from jpeft.methods.bottleneck import ParallelAdapter
 from jpeft.methods.chain import Chain
 from jpeft.methods.gated import GatedAdapter, GatedLoRA, GatedPrefixTuning
+from jpeft.methods.parallel import ParallelAdapter
 from jpeft.methods.prefix import PrefixTuning
 from jpeft.methods.selective import Full
 
