@@ -33,7 +33,7 @@ def check(method: Any, site: Site) -> None:
     if method.init_weights == "lora_ga" and 2 * method.width > most:
         raise MethodConfigError(f"{said} of rank {method.rank} needs 2 * rank singular vectors of the gradient of "
                                 f"{site.path!r}, which has {most}; use a rank up to {most // 2}")
-    if method.leads and (isinstance(method.rank, tuple) or "float" not in site.dtype):
+    if method.init_weights.startswith("loftq") and (isinstance(method.rank, tuple) or "float" not in site.dtype):
         found = f"has the ranks {method.rank}" if isinstance(method.rank, tuple) else f"is {site.dtype}"
         raise MethodConfigError(f"{said} quantises floating-point weights of all layers, and {site.path!r} {found}; "
                                 "use one rank, or another init")
